@@ -1,0 +1,1 @@
+"""Back ends: graphs of kernels become machine code here."""

@@ -1,0 +1,1 @@
+"""CPU kernels: templates, their schedules and code generation through TVM."""

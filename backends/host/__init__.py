@@ -1,0 +1,1 @@
+"""The host side of a binary: llvmlite driver, C runtime, linking."""

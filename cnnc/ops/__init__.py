@@ -1,0 +1,1 @@
+"""The operators: one family a file, everything about an operator in its class."""

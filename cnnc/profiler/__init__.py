@@ -1,0 +1,1 @@
+"""Where the time goes: kernel clocks, roofline, tables and traces."""

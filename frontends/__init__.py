@@ -1,0 +1,1 @@
+"""Front ends: what a user writes or exports becomes a `Graph` here."""

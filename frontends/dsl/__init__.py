@@ -1,0 +1,1 @@
+"""The DSL: layers are values, `>>` chains them."""
