@@ -1,0 +1,157 @@
+"""The C calling convention of kernels: a TIR pass in the place of TVM's packed one.
+
+    f(Buffer...) { ... parallel(n) ... }  ->  int32 f(void *..., [void *scratch,] int32 lo, int32 hi)
+
+Buffers become 64-byte aligned pointers.  The outermost parallel loop runs over [lo, hi) of its n iterations, so
+that any thread pool can deal out slices.  Temporaries too large for the stack move into one scratch area, which
+the caller provides for each thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import tirx
+
+from cnnc.errors import VerifyError
+
+ALIGNMENT = 64
+"""Bytes every buffer and the scratch area must be aligned to."""
+
+STACK_LIMIT = 1024
+"""Bytes from which a temporary moves from the stack to the scratch area; scope `local` (registers) always stays."""
+
+
+@dataclass
+class Abi:
+    """What the pass found out about a kernel: the extent of [lo, hi), and bytes of scratch for each thread."""
+
+    slices: int = 1
+    scratch_bytes: int = 0
+
+
+def c_function(func: Any, symbol: str, noalias: bool, abi: Abi) -> Any:
+    """Give a lowered PrimFunc C's calling convention and the name `symbol`; fills in `abi`."""
+    pointers = [_pointer(param) for param in func.params]
+    data = list(zip(func.params, pointers, strict=True))
+    offsets = []
+
+    large: list[Any] = []
+    body = _take_large_buffers(func.body, large)
+    scratch = tirx.Var("scratch", tvm.ir.PointerType(tvm.ir.PrimType("uint8"), "global"))
+    for buffer in large:
+        pointer = _pointer(buffer)
+        address = tirx.handle_add_byte_offset(scratch, abi.scratch_bytes)
+        offsets.append(tirx.Bind(pointer, tirx.reinterpret(pointer.ty, address)))
+        data.append((buffer, pointer))
+        abi.scratch_bytes += -(-_buffer_bytes(buffer) // ALIGNMENT) * ALIGNMENT
+
+    lo, hi = tirx.Var("lo", "int32"), tirx.Var("hi", "int32")
+    if _has_sole_parallel_loop(body):
+        body = _slice(body, lo, hi, abi)
+    else:
+        body = tirx.IfThenElse(tirx.all(tirx.EQ(lo, 0), tirx.LT(lo, hi)), _serial(body), None)
+    buffers = [tirx.DeclBuffer(buffer, data=pointer) for buffer, pointer in data]
+    body = tirx.SeqStmt([*buffers, body, tirx.Return(tirx.const(0, "int32"))])
+    for _, pointer in data:
+        body = tirx.AttrStmt(pointer, "storage_alignment", tirx.const(ALIGNMENT, "int32"), body)
+    if offsets:
+        body = tirx.SeqStmt([*offsets, body])
+    return (
+        tirx.PrimFunc(
+            [*pointers, *([scratch] if large else []), lo, hi], body, tvm.ir.PrimType("int32"), func.attrs
+        )
+        .with_attr("global_symbol", symbol)
+        .with_attr("tirx.noalias", noalias)
+        .with_attr("calling_conv", 1)
+        .without_attr("tirx.is_entry_func")
+    )
+
+
+def _pointer(buffer: Any) -> Any:
+    """Return a pointer variable for the data of a buffer."""
+    if not tirx.is_buffer_var(buffer):
+        raise VerifyError(f"kernel parameter {buffer.name} is no buffer; kernels take buffers only")
+    return tirx.Var(f"{buffer.name}_ptr", tvm.ir.PointerType(tvm.ir.PrimType(buffer.dtype), "global"))
+
+
+def _buffer_bytes(buffer: Any) -> int:
+    """Return the size of a buffer of constant shape in bytes."""
+    dtype = tvm.DataType(str(buffer.dtype))
+    size = -(-dtype.bits * dtype.lanes // 8)
+    for extent in buffer.shape:
+        size *= int(extent)
+    return int(size)
+
+
+def _with_children(stmt: Any, change: Callable[[Any], Any]) -> Any:
+    """Rebuild a statement with `change` applied to the statements directly in it."""
+    match stmt:
+        case tirx.SeqStmt():
+            return tirx.SeqStmt([change(part) for part in stmt.seq])
+        case tirx.AttrStmt():
+            return tirx.AttrStmt(stmt.node, stmt.attr_key, stmt.value, change(stmt.body))
+        case tirx.For():
+            return _loop(stmt, stmt.kind, change(stmt.body))
+        case tirx.While():
+            return tirx.While(stmt.condition, change(stmt.body))
+        case tirx.IfThenElse():
+            otherwise = None if stmt.else_case is None else change(stmt.else_case)
+            return tirx.IfThenElse(stmt.condition, change(stmt.then_case), otherwise)
+        case _:
+            return stmt
+
+
+def _loop(stmt: Any, kind: Any, body: Any) -> Any:
+    return tirx.For(stmt.loop_var, stmt.min, stmt.extent, kind, body, None, stmt.annotations, stmt.step)
+
+
+def _take_large_buffers(stmt: Any, large: list[Any]) -> Any:
+    """Remove the allocations that the stack should not hold, and append their buffers to `large`."""
+    if isinstance(stmt, tirx.AllocBuffer):
+        buffer = stmt.buffer
+        on_stack = buffer.ty.storage_scope == "local" or _buffer_bytes(buffer) < STACK_LIMIT
+        if on_stack:
+            return stmt
+        large.append(buffer)
+        return tirx.Evaluate(tirx.const(0, "int32"))
+    return _with_children(stmt, lambda part: _take_large_buffers(part, large))
+
+
+def _is_parallel(stmt: Any) -> bool:
+    return isinstance(stmt, tirx.For) and stmt.kind == tirx.ForKind.PARALLEL
+
+
+def _has_sole_parallel_loop(stmt: Any) -> bool:
+    """Tell whether all work of a function is in one parallel loop, so that slices of it are slices of the work."""
+    if isinstance(stmt, tirx.AttrStmt):
+        return _has_sole_parallel_loop(stmt.body)
+    if isinstance(stmt, tirx.SeqStmt):
+        declarations = (tirx.AllocBuffer, tirx.DeclBuffer, tirx.Bind)
+        work = [part for part in stmt.seq if not isinstance(part, declarations) and not _is_nothing(part)]
+        return len(work) == 1 and _has_sole_parallel_loop(work[0])
+    return _is_parallel(stmt)
+
+
+def _is_nothing(stmt: Any) -> bool:
+    return isinstance(stmt, tirx.Evaluate) and isinstance(stmt.value, tirx.IntImm)
+
+
+def _slice(stmt: Any, lo: Any, hi: Any, abi: Abi) -> Any:
+    """Let the outermost parallel loop run over [lo, hi), and record its extent."""
+    if _is_parallel(stmt):
+        if int(stmt.min) != 0:
+            raise VerifyError(f"parallel loop {stmt.loop_var.name} starts at {stmt.min}; it must start at 0")
+        abi.slices = int(stmt.extent)
+        return tirx.For(stmt.loop_var, lo, hi - lo, tirx.ForKind.SERIAL, _serial(stmt.body))
+    return _with_children(stmt, lambda part: _slice(part, lo, hi, abi))
+
+
+def _serial(stmt: Any) -> Any:
+    """Make every parallel loop in a statement a serial one."""
+    if _is_parallel(stmt):
+        stmt = _loop(stmt, tirx.ForKind.SERIAL, stmt.body)
+    return _with_children(stmt, _serial)
