@@ -91,7 +91,7 @@ class Graph:
     @cached_property
     def nodes(self) -> tuple[Node, ...]:
         """All nodes in a deterministic topological order, the inputs first."""
-        return topological_order((v.node for v in (*self.inputs, *self.outputs)))
+        return topological_order(v.node for v in (*self.inputs, *self.outputs))
 
     @cached_property
     def users(self) -> Mapping[Value, tuple[Node, ...]]:

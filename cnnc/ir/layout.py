@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 
 from cnnc.errors import ShapeError
+from cnnc.ir.attribute import attribute
 
 _LOGICAL_ORDER = "NOCIDHW"
 """Logical axes stand in this order whatever the layout: activations N C (D) H W, weights O I (D) H W."""
 
 
+@attribute
 @dataclass(frozen=True)
 class Layout:
     """An order of axes, some of them split into blocks.
@@ -32,7 +34,12 @@ class Layout:
         primal = [t for t in self._tokens() if t.isupper()]
         inner = [t[-1].upper() for t in self._tokens() if not t.isupper()]
         known = all(axis in _LOGICAL_ORDER for axis in primal)
-        if not known or len(set(primal)) != len(primal) or len(set(inner)) != len(inner) or not set(inner) <= set(primal):
+        if (
+            not known
+            or len(set(primal)) != len(primal)
+            or len(set(inner)) != len(inner)
+            or not set(inner) <= set(primal)
+        ):
             raise ShapeError(f"layout {self.axes!r} names an axis twice, or one that does not exist")
 
     def _tokens(self) -> list[str]:
@@ -58,9 +65,7 @@ class Layout:
     def physical_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Give the shape in memory of a logical shape."""
         size = dict(zip(self.logical_axes, shape, strict=True))
-        return tuple(
-            -(-size[t] // self.block(t)) if t.isupper() else int(t[:-1]) for t in self._tokens()
-        )
+        return tuple(-(-size[t] // self.block(t)) if t.isupper() else int(t[:-1]) for t in self._tokens())
 
     def physical_index(self, index: Sequence[Any]) -> tuple[Any, ...]:
         """Map a logical index (integers or TVM expressions) to the physical one."""
@@ -82,9 +87,7 @@ class Layout:
         inner: dict[str, Any] = {}
         for token, value in zip(self._tokens(), index, strict=True):
             (outer if token.isupper() else inner)[token[-1].upper()] = value
-        return tuple(
-            outer[a] * self.block(a) + inner[a] if a in inner else outer[a] for a in self.logical_axes
-        )
+        return tuple(outer[a] * self.block(a) + inner[a] if a in inner else outer[a] for a in self.logical_axes)
 
     def pads(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of this logical shape has pad lanes (which always hold 0)."""
@@ -115,6 +118,11 @@ class Layout:
             order.append(2 * axis + (0 if token.isupper() else 1))
         order += [2 * i + 1 for i, axis in enumerate(self.logical_axes) if self.block(axis) == 1]
         return order
+
+    @staticmethod
+    def parse(text: str) -> Layout:
+        """Read what `str` printed."""
+        return Layout(text)
 
     def __str__(self) -> str:
         return self.axes

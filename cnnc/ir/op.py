@@ -69,7 +69,8 @@ class Op:
     """An operator with its attributes: the fields of the dataclass.
 
     A subclass is an operator, an instance is the operator with attributes; instances are immutable and
-    compare by value.  The docstring of a subclass gives the equation.
+    compare by value.  The docstring of a subclass gives the equation.  (`**_` in the signatures lets
+    subclasses name their inputs; nothing is ever passed by keyword.)
     """
 
     kind: ClassVar[Kind] = Kind.OPAQUE
@@ -86,14 +87,14 @@ class Op:
         """The printed name: the class name in snake case."""
         return snake_case(type(self).__name__)
 
-    def infer(self, *types: TensorType) -> TensorType | tuple[TensorType, ...]:
+    def infer(self, *types: Any, **_: Any) -> TensorType | tuple[TensorType, ...]:
         """Give the outputs' shapes and dtypes; raises `ShapeError` for inputs the operator cannot take.
 
         Layouts are not its business: see `infer_layout`.
         """
         raise TypeError(f"{self.name} defines no infer")
 
-    def infer_layout(self, *types: TensorType) -> tuple[Layout | None, ...]:
+    def infer_layout(self, *types: Any, **_: Any) -> tuple[Layout | None, ...]:
         """Give the outputs' layouts; raises `ShapeError` for layouts the operator cannot take.
 
         The default takes and gives plain row-major tensors only.
@@ -103,7 +104,7 @@ class Op:
                 raise ShapeError(f"{self.name}: input {position} is in layout {type_.layout}; it takes plain ones")
         return (None,) * self.outputs
 
-    def reference(self, *arrays: np.ndarray) -> np.ndarray | tuple[np.ndarray, ...]:
+    def reference(self, *arrays: Any, **_: Any) -> np.ndarray | tuple[np.ndarray, ...]:
         """Compute in numpy, on logical arrays, in the precision of the inputs: the definition."""
         raise TypeError(f"{self.name} defines no reference")
 
@@ -115,7 +116,7 @@ class Op:
         """
         raise TypeError(f"{self.name} defines no compute")
 
-    def flops(self, *types: TensorType) -> int:
+    def flops(self, *types: Any, **_: Any) -> int:
         """Count the arithmetic (a multiply-add is 2); by default one for each output element."""
         return sum(t.elements for t in as_tuple(self.infer(*types)))
 

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from cnnc.errors import ShapeError
+from cnnc.ir.attribute import attribute
 from cnnc.ir.graph import Graph
+from cnnc.ir.interp import run
 from cnnc.ir.layout import Layout
 from cnnc.ir.op import Op
 from cnnc.ir.types import TensorType
 
 
+@attribute
 @dataclass(frozen=True)
 class Schedule:
     """How a kernel is computed: a template of the back end and its parameters (tile sizes), by name."""
@@ -67,8 +70,6 @@ class Fused(Op):
 
     def reference(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         """Run the body."""
-        from cnnc.ir.interp import run
-
         return run(self.body, arrays)
 
     def flops(self, *types: TensorType) -> int:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ import numpy as np
 from cnnc.ir.build import call
 from cnnc.ir.graph import Value
 from cnnc.ir.layout import Layout
+from cnnc.ir.literal import Literal
 from cnnc.ir.op import Op
 from cnnc.ir.types import DType, TensorType
 
@@ -51,39 +50,6 @@ class Parameter(Op):
     def flops(self) -> int:
         """No arithmetic."""
         return 0
-
-
-class Literal:
-    """An immutable array that compares and hashes by content.
-
-    The digest is computed when first needed: networks carry hundreds of megabytes.
-    """
-
-    def __init__(self, array: np.ndarray) -> None:
-        array = np.ascontiguousarray(array).reshape(array.shape)
-        if array.flags.writeable:
-            array = array.view()
-            array.flags.writeable = False
-        DType.of(array)
-        self.array = array
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 over dtype, shape and bytes, in hex."""
-        head = f"{self.array.dtype}{self.array.shape}".encode()
-        return hashlib.sha256(head + b"\0" + self.array.tobytes()).hexdigest()
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Literal):
-            return NotImplemented
-        same_type = self.array.dtype == other.array.dtype and self.array.shape == other.array.shape
-        return self.array is other.array or (same_type and self.digest == other.digest)
-
-    def __hash__(self) -> int:
-        return hash((self.array.dtype.str, self.array.shape, self.digest))
-
-    def __repr__(self) -> str:
-        return f"Literal({self.array.dtype}{list(self.array.shape)})"
 
 
 @dataclass(frozen=True)

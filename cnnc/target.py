@@ -1,0 +1,152 @@
+"""Targets: what a binary is made for, `cpu` (this machine) or a named CPU."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from cnnc.errors import UsageError
+
+_V2 = ("cx16", "popcnt", "sse3", "ssse3", "sse4.1", "sse4.2")
+_V3 = (*_V2, "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
+_V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+_ICELAKE = (*_V4, "avx512ifma", "avx512vbmi", "avx512vbmi2", "avx512vnni", "avx512bitalg", "avx512vpopcntdq", "gfni")
+_ZNVER4 = (*_ICELAKE, "avx512bf16")
+
+CPUS: dict[str, tuple[str, ...]] = {
+    "x86-64-v2": _V2,
+    "x86-64-v3": _V3,
+    "x86-64-v4": _V4,
+    "haswell": _V3,
+    "skylake": _V3,
+    "znver2": _V3,
+    "znver3": _V3,
+    "skylake-avx512": _V4,
+    "cascadelake": (*_V4, "avx512vnni"),
+    "icelake-server": _ICELAKE,
+    "sapphirerapids": (*_ZNVER4, "avx512fp16"),
+    "znver4": _ZNVER4,
+    "znver5": _ZNVER4,
+}
+"""The CPUs code can be made for, by LLVM name, each with the features its code may use."""
+
+_FLAG_OF_FEATURE = {
+    "sse3": "pni",
+    "sse4.1": "sse4_1",
+    "sse4.2": "sse4_2",
+    "bmi": "bmi1",
+    "lzcnt": "abm",
+    "avx512ifma": "avx512ifma",
+    "avx512vbmi2": "avx512_vbmi2",
+    "avx512vnni": "avx512_vnni",
+    "avx512bitalg": "avx512_bitalg",
+    "avx512vpopcntdq": "avx512_vpopcntdq",
+    "avx512bf16": "avx512_bf16",
+    "avx512fp16": "avx512_fp16",
+}
+"""Where the kernel's name in /proc/cpuinfo is not LLVM's."""
+
+
+@dataclass(frozen=True)
+class Caches:
+    """Data cache sizes in bytes, of one core (L3: of the whole chip)."""
+
+    l1: int = 32 << 10
+    l2: int = 1 << 20
+    l3: int = 16 << 20
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of machine, the architecture code is made for, and the sizes that cost models read.
+
+    `str` gives what `parse` reads: `cpu:x86-64-v4`.  `threads` is only what cost models expect; a binary
+    runs with any number.
+    """
+
+    kind: str
+    arch: str
+    features: tuple[str, ...]
+    caches: Caches = Caches()
+    threads: int = 1
+
+    @staticmethod
+    def parse(text: str, threads: int = 1) -> Target:
+        """Read `cpu`, or `cpu:NAME` with a name from `CPUS`; raises `UsageError` for anything else.
+
+        `cpu` is the highest x86-64 level of this machine, so that a binary made here runs on every
+        machine of that level.
+        """
+        kind, _, arch = text.partition(":")
+        if kind != "cpu":
+            raise UsageError(f"target {text!r} is not known; use cpu or cpu:NAME with NAME one of {', '.join(CPUS)}")
+        if arch in ("", "native"):
+            arch = native_arch()
+        if arch not in CPUS:
+            raise UsageError(f"target {text!r}: CPU {arch!r} is not known; use one of {', '.join(CPUS)}")
+        return Target(kind, arch, CPUS[arch], machine_caches(), threads)
+
+    @property
+    def vector_bytes(self) -> int:
+        """The width of a vector register in bytes."""
+        if "avx512f" in self.features:
+            return 64
+        return 32 if "avx" in self.features else 16
+
+    @property
+    def vector_lanes(self) -> int:
+        """How many f32 a vector register holds; the channel block of blocked layouts."""
+        return self.vector_bytes // 4
+
+    @property
+    def vector_registers(self) -> int:
+        """How many vector registers there are."""
+        return 32 if "avx512f" in self.features else 16
+
+    def with_threads(self, threads: int) -> Target:
+        """Give the same target for another thread count."""
+        return replace(self, threads=threads)
+
+    def missing_features(self) -> tuple[str, ...]:
+        """List what this machine lacks to run code for the target."""
+        return tuple(f for f in self.features if _FLAG_OF_FEATURE.get(f, f) not in machine_flags())
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.arch}"
+
+
+@cache
+def machine_flags() -> frozenset[str]:
+    """Read this machine's CPU flags (empty where /proc/cpuinfo is not to be had)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return frozenset(line.partition(":")[2].split())
+
+
+@cache
+def native_arch() -> str:
+    """Give the highest x86-64 level this machine runs."""
+    for level in ("x86-64-v4", "x86-64-v3"):
+        if all(_FLAG_OF_FEATURE.get(f, f) in machine_flags() for f in CPUS[level]):
+            return level
+    return "x86-64-v2"
+
+
+@cache
+def machine_caches() -> Caches:
+    """Read this machine's cache sizes, with usual values where the system does not tell."""
+    names = {"SC_LEVEL1_DCACHE_SIZE": "l1", "SC_LEVEL2_CACHE_SIZE": "l2", "SC_LEVEL3_CACHE_SIZE": "l3"}
+    found = {}
+    for key, level in names.items():
+        try:
+            size = os.sysconf(key)
+        except (ValueError, OSError):
+            continue
+        if size > 0:
+            found[level] = size
+    return Caches(**found)
