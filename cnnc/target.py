@@ -105,6 +105,16 @@ class Target:
         """How many vector registers there are."""
         return 32 if "avx512f" in self.features else 16
 
+    @property
+    def llvm_cpu(self) -> str:
+        """LLVM's name of the processor."""
+        return self.arch
+
+    @property
+    def llvm_attrs(self) -> tuple[str, ...]:
+        """LLVM's feature switches: without this one it halves the vectors of several AVX-512 CPUs."""
+        return ("-prefer-256-bit",) if "avx512f" in self.features else ()
+
     def with_threads(self, threads: int) -> Target:
         """Give the same target for another thread count."""
         return replace(self, threads=threads)
