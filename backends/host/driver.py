@@ -1,0 +1,260 @@
+"""The host driver: LLVM IR that calls the kernels in order, describes the model and exports the C functions.
+
+Everything here mirrors `runtime/cnnc_rt.h`; the order of the fields in `_model_struct` is the order there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+
+from cnnc.backends.host.program import DTYPES, KernelCall, Port, Program, Slot
+
+TRIPLE = "x86_64-unknown-linux-gnu"
+TABLE_SYMBOL = "cnnc_model_v1"
+
+_I32 = ir.IntType(32)
+_I64 = ir.IntType(64)
+_PTR = ir.PointerType()
+_VOID = ir.VoidType()
+_TENSOR = ir.LiteralStructType([_PTR, _I32, _I32, _PTR, _I64])
+_KERNEL = ir.LiteralStructType([_PTR, _PTR, _I32, _I32, _I64, _I64, _PTR, _PTR])
+_THUNK = ir.FunctionType(_I32, [_PTR, _PTR, _I32, _I32])
+_BODY = ir.FunctionType(_I32, [_PTR] * 5)
+
+# public suffix -> (runtime function, result, parameters)
+_EXPORTS: dict[str, tuple[str, ir.Type, list[ir.Type]]] = {
+    "abi_version": ("cnnc_rt_abi_version", _I32, []),
+    "create": ("cnnc_rt_create", _I32, [_I32, _PTR]),
+    "destroy": ("cnnc_rt_destroy", _I32, [_PTR]),
+    "error_text": ("cnnc_rt_error_text", _PTR, [_I32]),
+    "input": ("cnnc_rt_input", _PTR, [_I32]),
+    "input_count": ("cnnc_rt_input_count", _I32, []),
+    "kernel": ("cnnc_rt_kernel_at", _PTR, [_I32]),
+    "kernel_count": ("cnnc_rt_kernel_count", _I32, []),
+    "kernel_ns": ("cnnc_rt_kernel_ns", _I64, [_PTR, _I32, _PTR]),
+    "meta": ("cnnc_rt_meta", _PTR, []),
+    "output": ("cnnc_rt_output", _PTR, [_I32]),
+    "output_count": ("cnnc_rt_output_count", _I32, []),
+    "profile": ("cnnc_rt_profile", _I32, [_PTR, _I32]),
+    "run": ("cnnc_rt_run", _I32, [_PTR, _PTR, _PTR]),
+    "threads": ("cnnc_rt_threads", _I32, [_PTR]),
+}
+SUFFIXES = tuple(_EXPORTS)
+
+
+def exported_symbols(program: Program) -> tuple[str, ...]:
+    """Return the symbols a binary of this program shows to its users, sorted."""
+    return tuple(sorted([TABLE_SYMBOL, *(f"{program.prefix}_{suffix}" for suffix in SUFFIXES)]))
+
+
+def driver_ir(program: Program) -> str:
+    """Return the driver of a program as LLVM IR text."""
+    return str(_Driver(program).build())
+
+
+def emit_driver(program: Program) -> bytes:
+    """Return the driver of a program as a position-independent ELF object for any x86-64 CPU.
+
+    Baseline code on purpose: it runs before the check of the CPU's features.
+    """
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    module = llvm.parse_assembly(driver_ir(program))
+    module.verify()
+    machine = llvm.Target.from_triple(TRIPLE).create_target_machine(cpu="x86-64", opt=2, reloc="pic", codemodel="small")
+    return bytes(machine.emit_object(module))
+
+
+@dataclass
+class _Driver:
+    """Builds one module; texts and thunks that are alike are made once."""
+
+    program: Program
+    module: ir.Module = field(default_factory=lambda: ir.Module("cnnc"))
+    texts: dict[bytes, ir.GlobalVariable] = field(default_factory=dict)
+    thunks: dict[tuple[str, tuple[int | None, ...]], ir.Function] = field(default_factory=dict)
+
+    def build(self) -> ir.Module:
+        self.module.triple = TRIPLE
+        run = self._body("cnnc_rt_model_run", profiled=False)
+        run_profiled = self._body("cnnc_rt_model_run_profiled", profiled=True)
+        self._describe(run, run_profiled)
+        for suffix, (target, result, parameters) in _EXPORTS.items():
+            self._export(suffix, target, result, parameters)
+        return self.module
+
+    def _declare(self, name: str, result: ir.Type, parameters: Sequence[ir.Type]) -> ir.Function:
+        known = self.module.globals.get(name)
+        if isinstance(known, ir.Function):
+            return known
+        return ir.Function(self.module, ir.FunctionType(result, list(parameters)), name)
+
+    # --- code -------------------------------------------------------------------------------------------------
+
+    def _thunk(self, call: KernelCall) -> ir.Function:
+        """Return the function that unpacks the argument array for this kernel.
+
+        Scratch pointers differ between threads, so they are not in the array; their offsets are part of the thunk.
+        """
+        scratch = tuple(slot.offset if slot.space == "scratch" else None for slot in call.args)
+        if (call.symbol, scratch) in self.thunks:
+            return self.thunks[call.symbol, scratch]
+        kernel = self._declare(call.symbol, _I32, [_PTR] * len(scratch) + [_I32, _I32])
+        thunk = ir.Function(self.module, _THUNK, f"cnnc_rt_thunk_{len(self.thunks)}")
+        thunk.linkage = "internal"
+        args, area, lo, hi = thunk.args
+        b = ir.IRBuilder(thunk.append_basic_block())
+        pointers: list[ir.Value] = []
+        for index, offset in enumerate(scratch):
+            if offset is None:
+                at = b.gep(args, [_I64(index)], source_etype=_PTR)
+                pointers.append(b.load(at, typ=_PTR))
+            else:
+                pointers.append(_offset(b, area, offset))
+        b.ret(b.call(kernel, [*pointers, lo, hi], tail=True))
+        self.thunks[call.symbol, scratch] = thunk
+        return thunk
+
+    def _body(self, name: str, profiled: bool) -> ir.Function:
+        """Return the function that calls all kernels; the unprofiled one carries no trace of clocks."""
+        body = ir.Function(self.module, _BODY, name)
+        body.linkage = "internal"
+        context, inputs, outputs, arena, weights = body.args
+        parallel = self._declare("cnnc_rt_parallel", _I32, [_PTR, _PTR, _PTR, _I32])
+        clock = self._declare("cnnc_rt_clock", _I64, [])
+        tick = self._declare("cnnc_rt_tick", _VOID, [_PTR, _I32, _I64])
+        b = ir.IRBuilder(body.append_basic_block("entry"))
+        failed = body.append_basic_block("failed")
+        statuses: list[tuple[ir.Value, ir.Block]] = []
+        most = max((len(call.args) for call in self.program.calls), default=0)
+        array = b.alloca(_PTR, _I32(max(most, 1)), name="args")
+        bases = {"input": inputs, "output": outputs, "arena": arena, "weights": weights}
+        for index, call in enumerate(self.program.calls):
+            for place, slot in enumerate(call.args):
+                if slot.space != "scratch":
+                    b.store(_address(b, bases, slot), b.gep(array, [_I64(place)], source_etype=_PTR))
+            start = b.call(clock, []) if profiled else None
+            status = b.call(parallel, [context, self._thunk(call), array, _I32(call.slices)])
+            if start is not None:
+                b.call(tick, [context, _I32(index), start])
+            statuses.append((status, b.block))
+            following = body.append_basic_block(f"after_{index}")
+            b.cbranch(b.icmp_signed("==", status, _I32(0)), following, failed)
+            b.position_at_end(following)
+        b.ret(_I32(0))
+        self._fail(failed, statuses)
+        return body
+
+    def _fail(self, block: ir.Block, statuses: list[tuple[ir.Value, ir.Block]]) -> None:
+        b = ir.IRBuilder(block)
+        if not statuses:
+            b.unreachable()
+            return
+        status = b.phi(_I32)
+        for value, origin in statuses:
+            status.add_incoming(value, origin)
+        b.ret(status)
+
+    def _export(self, suffix: str, target: str, result: ir.Type, parameters: list[ir.Type]) -> None:
+        inner = self._declare(target, result, parameters)
+        outer = self._declare(f"{self.program.prefix}_{suffix}", result, parameters)
+        b = ir.IRBuilder(outer.append_basic_block())
+        b.ret(b.call(inner, outer.args, tail=True))
+
+    # --- data -------------------------------------------------------------------------------------------------
+
+    def _constant(self, value: ir.Constant, hint: str) -> ir.GlobalVariable:
+        made = ir.GlobalVariable(self.module, value.type, self.module.get_unique_name(f"cnnc_rt_{hint}"))
+        made.linkage = "internal"
+        made.global_constant = True
+        made.initializer = value
+        return made
+
+    def _text(self, text: str) -> ir.GlobalVariable:
+        # A C string ends at its first NUL and must be bytes; names come from models, so either may be tried.
+        data = text.replace("\0", "\\0").encode("utf-8", "backslashreplace") + b"\0"
+        if data not in self.texts:
+            array = ir.ArrayType(ir.IntType(8), len(data))
+            self.texts[data] = self._constant(ir.Constant(array, bytearray(data)), "text")
+        return self.texts[data]
+
+    def _array(self, element: ir.Type, values: Sequence[ir.Constant | int], hint: str) -> ir.Constant:
+        if not values:
+            return ir.Constant(_PTR, None)
+        return self._constant(ir.Constant(ir.ArrayType(element, len(values)), list(values)), hint)
+
+    def _ports(self, ports: Sequence[Port], hint: str) -> ir.Constant:
+        rows = []
+        for port in ports:
+            dims = self._array(_I64, [_I64(extent) for extent in port.shape], "dims")
+            number = DTYPES[port.dtype][0]
+            fields = [self._text(port.name), _I32(number), _I32(len(port.shape)), dims, _I64(port.nbytes)]
+            rows.append(ir.Constant(_TENSOR, fields))
+        return self._array(_TENSOR, rows, hint)
+
+    def _kernels(self) -> ir.Constant:
+        rows = []
+        for call in self.program.calls:
+            layers = self._array(_PTR, [self._text(layer) for layer in call.layers], "layers")
+            fields = [
+                self._text(call.symbol),
+                layers,
+                _I32(len(call.layers)),
+                _I32(call.slices),
+                _I64(call.flops),
+                _I64(call.bytes),
+                self._text(call.algorithm),
+                self._text(call.schedule),
+            ]
+            rows.append(ir.Constant(_KERNEL, fields))
+        return self._array(_KERNEL, rows, "kernels")
+
+    def _describe(self, run: ir.Function, run_profiled: ir.Function) -> None:
+        program = self.program
+        weights: ir.Constant = ir.Constant(_PTR, None)
+        if program.weight_bytes:
+            weights = ir.GlobalVariable(self.module, ir.IntType(8), "cnnc_rt_weights")
+        fields: list[ir.Constant] = [
+            self._text(program.name),
+            self._text(program.prefix),
+            self._text(program.cpu),
+            self._text(program.meta),
+            self._array(_PTR, [self._text(feature) for feature in program.features], "features"),
+            self._ports(program.inputs, "inputs"),
+            self._ports(program.outputs, "outputs"),
+            self._kernels(),
+            weights,
+            run,
+            run_profiled,
+            _I64(program.weight_bytes),
+            _I64(program.arena_bytes),
+            _I64(program.scratch_bytes),
+            _I32(len(program.features)),
+            _I32(len(program.inputs)),
+            _I32(len(program.outputs)),
+            _I32(len(program.calls)),
+        ]
+        model = ir.GlobalVariable(
+            self.module, ir.LiteralStructType([value.type for value in fields]), "cnnc_rt_the_model"
+        )
+        model.global_constant = True
+        model.initializer = ir.Constant(model.value_type, fields)
+        table = ir.GlobalVariable(self.module, ir.IntType(8), "cnnc_rt_the_table")
+        exported = ir.GlobalVariable(self.module, _PTR, TABLE_SYMBOL)
+        exported.global_constant = True
+        exported.initializer = table
+
+
+def _offset(b: ir.IRBuilder, base: ir.Value, offset: int) -> ir.Value:
+    return b.gep(base, [_I64(offset)], source_etype=ir.IntType(8)) if offset else base
+
+
+def _address(b: ir.IRBuilder, bases: dict[str, ir.Value], slot: Slot) -> ir.Value:
+    base = bases[slot.space]
+    if slot.space in ("input", "output"):
+        return b.load(b.gep(base, [_I64(slot.offset)], source_etype=_PTR), typ=_PTR)
+    return _offset(b, base, slot.offset)

@@ -1,0 +1,378 @@
+"""Use a compiled model in this process: from a shared library, or put into memory without a linker.
+
+Both give the same interface: a model with ports and kernels, from which each thread creates a context of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from cnnc.backends.host.driver import TABLE_SYMBOL, TRIPLE, emit_driver
+from cnnc.backends.host.link import check_binary
+from cnnc.backends.host.program import ALIGNMENT, DTYPES, Port, Program
+from cnnc.backends.host.toolchain import runtime_objects
+from cnnc.errors import CheckFailed, CnncError, EnvironmentProblem, LimitError, ModelError, UsageError, VerifyError
+
+Array = npt.NDArray[Any]
+
+_MAGIC = 0x31306C646D636E63
+_ABI = 1
+_DTYPE_NAMES = {number: name for name, (number, _) in DTYPES.items()}
+_NUMPY: dict[str, np.dtype[Any]] = {
+    "f32": np.dtype(np.float32),
+    "f64": np.dtype(np.float64),
+    "f16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "i8": np.dtype(np.int8),
+    "u8": np.dtype(np.uint8),
+    "i32": np.dtype(np.int32),
+    "i64": np.dtype(np.int64),
+    "bool": np.dtype(np.bool_),
+    "i16": np.dtype(np.int16),
+    "u16": np.dtype(np.uint16),
+    "u32": np.dtype(np.uint32),
+    "u64": np.dtype(np.uint64),
+}
+_ERRORS: dict[int, type[CnncError]] = {
+    2: UsageError,
+    3: ModelError,
+    5: LimitError,
+    6: EnvironmentProblem,
+    7: CheckFailed,
+    70: VerifyError,
+}
+_jit_names = itertools.count()
+_load_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """One kernel call of a compiled model; `flops` and `bytes` are for one run."""
+
+    symbol: str
+    layers: tuple[str, ...]
+    slices: int
+    flops: int
+    bytes: int
+    algorithm: str
+    schedule: str
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """Nanoseconds and calls of one kernel since profiling was switched on."""
+
+    ns: int
+    calls: int
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("dtype", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("dims", ctypes.POINTER(ctypes.c_int64)),
+        ("bytes", ctypes.c_uint64),
+    )
+
+
+class _Kernel(ctypes.Structure):
+    _fields_ = (
+        ("symbol", ctypes.c_char_p),
+        ("layers", ctypes.POINTER(ctypes.c_char_p)),
+        ("layer_count", ctypes.c_int32),
+        ("slices", ctypes.c_int32),
+        ("flops", ctypes.c_uint64),
+        ("bytes", ctypes.c_uint64),
+        ("algorithm", ctypes.c_char_p),
+        ("schedule", ctypes.c_char_p),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("prefix", ctypes.c_char_p),
+        ("cpu", ctypes.c_char_p),
+        ("meta", ctypes.c_char_p),
+        ("features", ctypes.POINTER(ctypes.c_char_p)),
+        ("inputs", ctypes.POINTER(_Tensor)),
+        ("outputs", ctypes.POINTER(_Tensor)),
+        ("kernels", ctypes.POINTER(_Kernel)),
+        ("weights", ctypes.c_void_p),
+        ("run", ctypes.c_void_p),
+        ("run_profiled", ctypes.c_void_p),
+        ("weight_bytes", ctypes.c_uint64),
+        ("arena_bytes", ctypes.c_uint64),
+        ("scratch_bytes", ctypes.c_uint64),
+        ("feature_count", ctypes.c_int32),
+        ("input_count", ctypes.c_int32),
+        ("output_count", ctypes.c_int32),
+        ("kernel_count", ctypes.c_int32),
+    )
+
+
+_Create = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_void_p))
+_Run = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+_Destroy = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+_Profile = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+_KernelNs = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(ctypes.c_uint64))
+_Threads = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+_ErrorText = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_int)
+
+
+class _Table(ctypes.Structure):
+    _fields_ = (
+        ("magic", ctypes.c_uint64),
+        ("abi", ctypes.c_uint32),
+        ("table_bytes", ctypes.c_uint32),
+        ("model", ctypes.POINTER(_Model)),
+        ("create", _Create),
+        ("run", _Run),
+        ("destroy", _Destroy),
+        ("profile", _Profile),
+        ("kernel_ns", _KernelNs),
+        ("threads", _Threads),
+        ("error_text", _ErrorText),
+    )
+
+
+def aligned_empty(shape: Sequence[int], dtype: str) -> Array:
+    """Return a new array whose data is aligned to 64 bytes, so that a model writes into it without a copy."""
+    kind = _NUMPY[dtype]
+    count = int(np.prod(shape, dtype=np.int64))
+    raw = np.empty(count * kind.itemsize + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + count * kind.itemsize].view(kind).reshape(shape)
+
+
+class Context:
+    """What one thread runs a model with: it owns the memory and the worker threads, and is used by one caller at a time.
+
+    A second thread that runs it at the same moment gets a UsageError.
+    """
+
+    def __init__(self, model: LoadedModel, threads: int) -> None:
+        self.model = model
+        self._table = model.table
+        handle = ctypes.c_void_p()
+        self._check(self._table.create(threads, ctypes.byref(handle)))
+        self._handle: int = handle.value or 0
+        # The finalizer holds the model too: its code must outlive the context.
+        self._close = weakref.finalize(self, _destroy, model, self._handle)
+
+    @property
+    def threads(self) -> int:
+        """The number of threads a run uses, the caller among them."""
+        return int(self._table.threads(self._handle))
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        """Compute the outputs; an input that is C-contiguous and aligned to 64 bytes is read in place.
+
+        Raises UsageError when the number, a dtype or a shape differs from the ports: nothing is converted silently.
+        """
+        arrays = self._checked(inputs)
+        outputs = [aligned_empty(port.shape, port.dtype) for port in self.model.outputs]
+        self._check(self._table.run(self._handle, _pointers(arrays), _pointers(outputs)))
+        return outputs
+
+    def profile(self, on: bool) -> None:
+        """Switch the clocks of the kernels on (from zero) or off."""
+        self._check(self._table.profile(self._handle, int(on)))
+
+    def kernel_times(self) -> list[KernelTime]:
+        """Return time and calls of each kernel since profiling was switched on, in the order of `model.kernels`."""
+        calls = ctypes.c_uint64()
+        times = []
+        for index in range(len(self.model.kernels)):
+            ns = int(self._table.kernel_ns(self._handle, index, ctypes.byref(calls)))
+            times.append(KernelTime(ns, calls.value))
+        return times
+
+    def close(self) -> None:
+        """Free the memory and end the worker threads; a later run raises UsageError."""
+        self._close()
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _checked(self, inputs: Sequence[Array]) -> list[Array]:
+        ports = self.model.inputs
+        if len(inputs) != len(ports):
+            raise UsageError(f"{self.model.name}: takes {len(ports)} inputs, got {len(inputs)}")
+        arrays = []
+        for port, given in zip(ports, inputs, strict=True):
+            array = np.asarray(given)
+            if array.dtype != _NUMPY[port.dtype] or array.shape != port.shape:
+                raise UsageError(
+                    f"{self.model.name}: input {port.name!r} is {port.dtype}{list(port.shape)}, "
+                    f"got {array.dtype}{list(array.shape)}"
+                )
+            arrays.append(np.ascontiguousarray(array).reshape(port.shape))
+        return arrays
+
+    def _check(self, code: int) -> None:
+        if code != 0:
+            text = self._table.error_text(code).decode()
+            raise _ERRORS.get(code // 100, VerifyError)(f"{self.model.name}: {text}")
+
+
+def _destroy(model: LoadedModel, handle: int) -> None:
+    model.table.destroy(handle)
+
+
+def _pointers(arrays: Sequence[Array]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
+
+
+class LoadedModel:
+    """A compiled model in memory; `create` makes contexts, from any thread and as many as wanted."""
+
+    def __init__(self, table: _Table) -> None:
+        if table.magic != _MAGIC or table.abi != _ABI or table.table_bytes < ctypes.sizeof(_Table):
+            raise CheckFailed(
+                f"made by another version of cnnc (interface {table.abi}, this is {_ABI}); build it again"
+            )
+        self.table = table
+        model = table.model.contents
+        self.name = _text(model.name)
+        self.prefix = _text(model.prefix)
+        self.cpu = _text(model.cpu)
+        self.meta = _text(model.meta)
+        self.features = tuple(_text(model.features[i]) for i in range(model.feature_count))
+        self.inputs = tuple(_port(model.inputs[i]) for i in range(model.input_count))
+        self.outputs = tuple(_port(model.outputs[i]) for i in range(model.output_count))
+        self.kernels = tuple(_kernel(model.kernels[i]) for i in range(model.kernel_count))
+        self.weight_bytes = int(model.weight_bytes)
+        self.arena_bytes = int(model.arena_bytes)
+        self.scratch_bytes = int(model.scratch_bytes)
+
+    def create(self, threads: int = 1) -> Context:
+        """Return a new context with this many threads; 0 takes as many as the process may use.
+
+        Raises CheckFailed when this CPU lacks a feature the kernels need.
+        """
+        return Context(self, threads)
+
+
+class SharedModel(LoadedModel):
+    """A model in a shared library that cnnc built; it stays loaded as long as this object or a context of it lives.
+
+    With `check` the whole file is compared with its digest before any of its code runs (CheckFailed).
+    """
+
+    def __init__(self, path: str | os.PathLike[str], check: bool = True) -> None:
+        self.path = os.path.abspath(path)
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot open {self.path}: {error.strerror}") from error
+        try:
+            if check:
+                check_binary(descriptor)
+            handle = _open_library(descriptor, self.path)
+        except CheckFailed as failed:
+            raise CheckFailed(f"{self.path}: {failed}") from failed
+        finally:
+            os.close(descriptor)
+        self._unload = weakref.finalize(self, _dlclose, handle)
+        library = ctypes.CDLL(None, handle=handle)
+        try:
+            table = ctypes.POINTER(_Table).in_dll(library, TABLE_SYMBOL).contents
+        except ValueError as error:
+            raise CheckFailed(f"{self.path}: no shared library of cnnc: it has no {TABLE_SYMBOL}") from error
+        super().__init__(table)
+
+
+class JitModel(LoadedModel):
+    """A program put into this process's memory: no linker, no file, the weights used where they are.
+
+    Raises EnvironmentProblem when the process may not make memory executable or there is no C compiler for the runtime.
+    """
+
+    def __init__(self, program: Program, objects: Sequence[bytes]) -> None:
+        import llvmlite.binding as llvm
+
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        builder = llvm.JITLibraryBuilder()
+        for data in [emit_driver(program), *runtime_objects(), *objects]:
+            builder.add_object_img(data)
+        # The weights stay alive, and at their address, as long as this object.
+        self._weights = _aligned_weights(program)
+        builder.import_symbol("cnnc_rt_weights", self._weights.ctypes.data)
+        builder.add_current_process()
+        builder.export_symbol(TABLE_SYMBOL)
+        try:
+            machine = llvm.Target.from_triple(TRIPLE).create_target_machine(reloc="pic", codemodel="small", jit=True)
+            self._engine = llvm.create_lljit_compiler(machine)
+            self._tracker = builder.link(self._engine, f"cnnc_{next(_jit_names)}")
+        except RuntimeError as error:
+            raise EnvironmentProblem(f"{program.name}: cannot put the model into memory: {error}") from error
+        address = self._tracker[TABLE_SYMBOL]
+        super().__init__(ctypes.POINTER(_Table).from_address(address).contents)
+
+
+def _aligned_weights(program: Program) -> npt.NDArray[np.uint8]:
+    """Return the weights as bytes: the program's own memory where that is aligned, else a copy."""
+    given = np.frombuffer(memoryview(program.weights).cast("B") if program.weight_bytes else b"\0", np.uint8)
+    if given.ctypes.data % ALIGNMENT == 0:
+        return given
+    copy: npt.NDArray[np.uint8] = aligned_empty(given.shape, "u8")
+    copy[:] = given
+    return copy
+
+
+def _open_library(descriptor: int, path: str) -> int:
+    """Load the very file that was checked, even if another takes its place under the same path.
+
+    glibc remembers libraries by the path they were asked for, so each load uses a spelling of its own.
+    """
+    flags = os.RTLD_NOW | os.RTLD_LOCAL
+    with _load_lock:
+        spelling = f"/proc/self/fd/{'./' * (next(_jit_names) % 1000)}{descriptor}"
+        try:
+            return ctypes.CDLL(spelling if os.path.exists(spelling) else path, mode=flags)._handle
+        except OSError as error:
+            raise CheckFailed(f"cannot be loaded: {error}") from error
+
+
+def _dlclose(handle: int) -> None:
+    import _ctypes
+
+    _ctypes.dlclose(handle)
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "replace")
+
+
+def _port(tensor: _Tensor) -> Port:
+    shape = tuple(int(tensor.dims[axis]) for axis in range(tensor.rank))
+    return Port(_text(tensor.name), _DTYPE_NAMES[tensor.dtype], shape)
+
+
+def _kernel(kernel: _Kernel) -> KernelInfo:
+    return KernelInfo(
+        symbol=_text(kernel.symbol),
+        layers=tuple(_text(kernel.layers[i]) for i in range(kernel.layer_count)),
+        slices=int(kernel.slices),
+        flops=int(kernel.flops),
+        bytes=int(kernel.bytes),
+        algorithm=_text(kernel.algorithm),
+        schedule=_text(kernel.schedule),
+    )

@@ -1,0 +1,136 @@
+"""Link kernels, driver, runtime and weights into a shared library, a program or one relocatable object.
+
+The same inputs and tools give the same bytes: no path, time or random number gets in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+from cnnc.backends.host.driver import TABLE_SYMBOL, emit_driver, exported_symbols
+from cnnc.backends.host.program import Program
+from cnnc.backends.host.publish import published
+from cnnc.backends.host.toolchain import compiler, run_tool, runtime_objects, tool, work_folder
+from cnnc.errors import CheckFailed, EnvironmentProblem, VerifyError
+
+_LINK_FLAGS = (
+    "-Wl,--build-id=none",
+    "-Wl,-z,relro",
+    "-Wl,-z,now",
+    "-Wl,-z,noexecstack",
+    "-Wl,--no-undefined",
+    "-Wl,--as-needed",
+)
+_LIBRARIES = ("-lm", "-lpthread")
+
+# The last 64 bytes of a binary: a mark, the size before it, and the SHA-256 of everything before it.
+_TRAILER = struct.Struct("<16sQ8x32s")
+_MARK = b"cnnc-sha256-v1\0\0"
+
+# `.incbin` takes the weights as they are; page-aligned and read only, so they are mapped and shared, never copied.
+_WEIGHTS_SOURCE = """\
+    .section .cnnc_weights, "a", @progbits
+    .balign 4096
+    .globl cnnc_rt_weights
+    .hidden cnnc_rt_weights
+    .type cnnc_rt_weights, @object
+    .size cnnc_rt_weights, {size}
+cnnc_rt_weights:
+    .incbin "weights.bin"
+    .balign 64
+    .section .note.GNU-stack, "", @progbits
+"""
+
+
+def build_shared(program: Program, objects: Sequence[bytes], path: str | os.PathLike[str]) -> None:
+    """Write a shared library that holds everything: kernels (`objects`), driver, runtime and weights.
+
+    The path holds the old file or the whole new one.  Raises EnvironmentProblem when the tools or the disk fail.
+    """
+    with published(Path(path), mode=0o755) as out, work_folder() as folder:
+        names = _collect(folder, program, objects, runtime_objects())
+        exports = "".join(f"    {symbol};\n" for symbol in exported_symbols(program))
+        (folder / "exports.map").write_text(f"{{\n  global:\n{exports}  local: *;\n}};\n")
+        options = ["-shared", "-nostartfiles", "-Wl,--version-script=exports.map"]
+        _link(program, folder, out, [*options, *names])
+        _seal(out)
+
+
+def build_executable(program: Program, objects: Sequence[bytes], path: str | os.PathLike[str]) -> None:
+    """Write a command-line program that reads arrays or pictures and prints or writes the outputs."""
+    with published(Path(path), mode=0o755) as out, work_folder() as folder:
+        names = _collect(folder, program, objects, runtime_objects(with_main=True))
+        _link(program, folder, out, ["-pie", *names])
+        _seal(out)
+
+
+def build_object(program: Program, objects: Sequence[bytes], path: str | os.PathLike[str]) -> None:
+    """Write one relocatable object, for linking into a program; only the model's own functions stay visible."""
+    with published(Path(path)) as out, work_folder() as folder:
+        names = _collect(folder, program, objects, runtime_objects())
+        run_tool([tool("ld"), "-r", "-o", "all.o", *names], folder)
+        # Two models in one program must not fight over the table for generic loaders.
+        keep = [symbol for symbol in exported_symbols(program) if symbol != TABLE_SYMBOL]
+        (folder / "keep.txt").write_text("".join(f"{symbol}\n" for symbol in keep))
+        command = [tool("objcopy"), "--keep-global-symbols=keep.txt", "all.o", str(out)]
+        run_tool(command, folder)
+
+
+def check_binary(descriptor: int) -> None:
+    """Raise CheckFailed unless the open file is a whole binary of ours, bit for bit as it was written."""
+    size = os.fstat(descriptor).st_size
+    if size < _TRAILER.size:
+        raise CheckFailed(f"not a cnnc binary, or cut: only {size} bytes")
+    mark, length, digest = _TRAILER.unpack(os.pread(descriptor, _TRAILER.size, size - _TRAILER.size))
+    if mark != _MARK:
+        raise CheckFailed("not a cnnc binary, or cut, or stripped: the digest at its end is missing; build it again")
+    if length != size - _TRAILER.size or _digest(descriptor, length) != digest:
+        raise CheckFailed("the binary was changed after it was built (its digest differs); build it again")
+
+
+def _collect(folder: Path, program: Program, objects: Sequence[bytes], runtime: Sequence[bytes]) -> list[str]:
+    """Write everything that is to be linked into the folder, under names that depend on the order only."""
+    names = []
+    try:
+        for index, data in enumerate([emit_driver(program), *runtime, *objects]):
+            names.append(f"part{index:05}.o")
+            (folder / names[-1]).write_bytes(data)
+        if program.weight_bytes:
+            (folder / "weights.bin").write_bytes(program.weights)
+            (folder / "weights.s").write_text(_WEIGHTS_SOURCE.format(size=program.weight_bytes))
+            run_tool([*compiler(), "-c", "weights.s", "-o", "weights.o"], folder)
+            (folder / "weights.bin").unlink()
+            names.append("weights.o")
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot write to the temporary folder {folder}: {error.strerror}") from error
+    return names
+
+
+def _link(program: Program, folder: Path, out: Path, arguments: Sequence[str]) -> None:
+    command = [*compiler(), *_LINK_FLAGS, "-o", str(out), *arguments, *_LIBRARIES]
+    try:
+        run_tool(command, folder)
+    except EnvironmentProblem as problem:
+        # The disk and the tools may fail by themselves; a missing or doubled symbol is our own mistake.
+        text = str(problem)
+        if "undefined reference" in text or "undefined symbol" in text or "multiple definition" in text:
+            raise VerifyError(f"{program.name}: the kernels do not link: {text}") from problem
+        raise
+
+
+def _seal(path: Path) -> None:
+    with path.open("r+b") as file:
+        length = file.seek(0, os.SEEK_END)
+        file.write(_TRAILER.pack(_MARK, length, _digest(file.fileno(), length)))
+
+
+def _digest(descriptor: int, length: int) -> bytes:
+    digest = hashlib.sha256()
+    step = 1 << 22
+    for start in range(0, length, step):
+        digest.update(os.pread(descriptor, min(step, length - start), start))
+    return digest.digest()

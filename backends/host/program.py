@@ -1,0 +1,198 @@
+"""What the host side needs to know of a compiled model: ports, kernel calls, memory, weights."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cnnc.errors import LimitError, VerifyError
+
+Space = Literal["input", "output", "weights", "arena", "scratch"]
+
+# dtype name -> (number in the C interface, bytes of one element)
+DTYPES: dict[str, tuple[int, int]] = {
+    "f32": (1, 4),
+    "f64": (2, 8),
+    "f16": (3, 2),
+    "bf16": (4, 2),
+    "i8": (5, 1),
+    "u8": (6, 1),
+    "i32": (7, 4),
+    "i64": (8, 8),
+    "bool": (9, 1),
+    "i16": (10, 2),
+    "u16": (11, 2),
+    "u32": (12, 4),
+    "u64": (13, 8),
+}
+ALIGNMENT = 64
+# The small code model reaches 2 GiB; this leaves room for code and tables beside the weights.
+MAX_WEIGHTS = 2**31 - 2**27
+MAX_SLICES = 2**31 - 1
+
+_SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_.$]*\Z")
+
+# Words that must not become the prefix of `<prefix>_create` and its companions: keywords of C and C++,
+# and the libc families whose names end in one of our words (pthread_create, timer_create, ...).
+_RESERVED = frozenset(
+    """auto break case char const continue default do double else enum extern float for goto if inline int long
+    register restrict return short signed sizeof static struct switch typedef union unsigned void volatile while
+    alignas alignof asm bool catch class concept constexpr decltype delete dynamic_cast explicit export false
+    friend mutable namespace new noexcept not nullptr operator or and private protected public requires template
+    this throw true try typeid typename using virtual xor main timer thrd mtx cnd tss sem mq aio hcreate svc clnt
+    auth xdr svcudp svctcp svcraw svcunix clntudp clnttcp clntraw clntunix authnone authunix authdes xdrmem
+    xdrrec xdrstdio model timerfd signalfd eventfd epoll inotify shm key""".split()
+)
+_RESERVED_STARTS = ("pthread", "cnnc", "authunix", "clnt", "svc", "xdr", "_")
+_MAX_PREFIX = 60
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output tensor of a model, dense and row-major."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one pointer argument of a kernel points.
+
+    `offset` is the index for input and output, else bytes from the start of that memory; scratch memory is
+    given to each thread apart.
+    """
+
+    space: Space
+    offset: int
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """One call of `int32_t symbol(void* a0, ..., int32_t lo, int32_t hi)`, cut into `slices` independent parts.
+
+    `flops` and `bytes` are for the whole call; `layers` are the user's own layer names.
+    """
+
+    symbol: str
+    args: tuple[Slot, ...]
+    slices: int = 1
+    layers: tuple[str, ...] = ()
+    flops: int = 0
+    bytes: int = 0
+    algorithm: str = ""
+    schedule: str = ""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A whole model as the host driver runs it: kernels in order over one arena and one block of weights.
+
+    `features` are LLVM's names of the CPU features the kernels need; `meta` is JSON that travels in the binary.
+    """
+
+    name: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    calls: tuple[KernelCall, ...]
+    arena_bytes: int
+    scratch_bytes: int
+    weights: bytes | memoryview
+    cpu: str = "x86-64"
+    features: tuple[str, ...] = ()
+    meta: str = "{}"
+
+    def __post_init__(self) -> None:
+        check_program(self)
+
+    @property
+    def prefix(self) -> str:
+        """The C identifier all public functions of this model begin with."""
+        return c_prefix(self.name)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the block of weights."""
+        return memoryview(self.weights).nbytes
+
+
+def c_prefix(name: str) -> str:
+    """Return a C identifier made from a model's name: `[A-Za-z0-9_]`, no keyword, no name of libc."""
+    prefix = re.sub(r"[^A-Za-z0-9_]+", "_", name, flags=re.ASCII).rstrip("_")
+    if len(prefix) > _MAX_PREFIX:
+        digest = hashlib.sha256(name.encode("utf-8", "backslashreplace")).hexdigest()[:8]
+        prefix = f"{prefix[: _MAX_PREFIX - 9]}_{digest}"
+    if not prefix:
+        return "model_"
+    if prefix[0].isdigit() or prefix in _RESERVED or prefix.startswith(_RESERVED_STARTS):
+        return f"model_{prefix.lstrip('_')}"
+    return prefix
+
+
+def check_program(program: Program) -> None:
+    """Raise VerifyError unless every port, slot and size of the program is possible.
+
+    A wrong program is a bug of the back end that made it, never of the user's model.
+    """
+    if program.weight_bytes > MAX_WEIGHTS:
+        raise LimitError(
+            f"{program.name}: {program.weight_bytes:,} bytes of weights; a binary holds at most {MAX_WEIGHTS:,}"
+        )
+    if program.arena_bytes < 0 or program.scratch_bytes < 0:
+        raise VerifyError(f"{program.name}: arena or scratch of a negative size")
+    for port in (*program.inputs, *program.outputs):
+        _check_port(program, port)
+    arguments: dict[str, int] = {}
+    for index, call in enumerate(program.calls):
+        where = f"{program.name}: kernel {index} ({call.symbol!r})"
+        if not _SYMBOL.match(call.symbol) or call.symbol.startswith("cnnc_rt_"):
+            raise VerifyError(f"{where}: not a symbol a kernel may have")
+        if not 1 <= call.slices <= MAX_SLICES:
+            raise VerifyError(f"{where}: {call.slices} slices, at least 1 is needed")
+        if arguments.setdefault(call.symbol, len(call.args)) != len(call.args):
+            raise VerifyError(f"{where}: called with {len(call.args)} and {arguments[call.symbol]} arguments")
+        if call.flops < 0 or call.bytes < 0:
+            raise VerifyError(f"{where}: negative flops or bytes")
+        for slot in call.args:
+            _check_slot(program, where, slot)
+
+
+def _check_port(program: Program, port: Port) -> None:
+    if port.dtype not in DTYPES:
+        raise VerifyError(f"{program.name}: port {port.name!r} has dtype {port.dtype!r}, known are {list(DTYPES)}")
+    if any(extent < 0 for extent in port.shape):
+        raise VerifyError(f"{program.name}: port {port.name!r} has shape {port.shape}")
+
+
+def _check_slot(program: Program, where: str, slot: Slot) -> None:
+    sizes: dict[str, int] = {
+        "input": len(program.inputs),
+        "output": len(program.outputs),
+        "weights": program.weight_bytes,
+        "arena": program.arena_bytes,
+        "scratch": program.scratch_bytes,
+    }
+    if slot.space not in sizes:
+        raise VerifyError(f"{where}: {slot.space!r} is no memory, known are {list(sizes)}")
+    size = sizes[slot.space]
+    is_index = slot.space in ("input", "output")
+    # A buffer of zero bytes may sit at the very end of its memory.
+    if not 0 <= slot.offset < size and not (slot.offset == size and not is_index):
+        raise VerifyError(f"{where}: {slot.space} {slot.offset} is outside of {size}")
+    if not is_index and slot.offset % ALIGNMENT:
+        raise VerifyError(f"{where}: {slot.space} offset {slot.offset} is no multiple of {ALIGNMENT}")
+
+
+def kernel_symbols(calls: Sequence[KernelCall]) -> tuple[str, ...]:
+    """Return the distinct kernel symbols in the order of their first call."""
+    return tuple(dict.fromkeys(call.symbol for call in calls))

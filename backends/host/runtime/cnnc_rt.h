@@ -1,0 +1,134 @@
+/* Types shared by the runtime's files, by the generated driver (driver.py) and by the loader (library.py).
+ * A change of any layout here is a change of CNNC_RT_ABI and of those two files. */
+#ifndef CNNC_RT_H
+#define CNNC_RT_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define CNNC_RT_ABI 1
+#define CNNC_RT_MAGIC UINT64_C(0x31306c646d636e63) /* "cncmdl01" */
+#define CNNC_RT_ALIGNMENT 64
+#define CNNC_RT_MAX_THREADS 1024
+#define CNNC_RT_MAX_CONTEXTS 1024
+
+/* code / 100 is the exit code cnnc's command line gives to the same kind of problem (7000: 70, our bug). */
+enum cnnc_rt_error {
+  CNNC_RT_OK = 0,
+  CNNC_RT_ERROR_NULL = 201,
+  CNNC_RT_ERROR_THREADS = 202,
+  CNNC_RT_ERROR_CONTEXT = 203,
+  CNNC_RT_ERROR_BUSY = 204,
+  CNNC_RT_ERROR_OVERLAP = 205,
+  CNNC_RT_ERROR_VALUE = 301,
+  CNNC_RT_ERROR_TOO_MANY = 501,
+  CNNC_RT_ERROR_MEMORY = 601,
+  CNNC_RT_ERROR_START_THREAD = 602,
+  CNNC_RT_ERROR_CPU = 701,
+  CNNC_RT_ERROR_KERNEL = 7001
+};
+
+typedef struct cnnc_rt_tensor {
+  const char *name;
+  int32_t dtype;
+  int32_t rank;
+  const int64_t *dims;
+  uint64_t bytes;
+} cnnc_rt_tensor;
+
+typedef struct cnnc_rt_kernel {
+  const char *symbol;
+  const char *const *layers;
+  int32_t layer_count;
+  int32_t slices;
+  uint64_t flops;
+  uint64_t bytes;
+  const char *algorithm;
+  const char *schedule;
+} cnnc_rt_kernel;
+
+typedef struct cnnc_rt_context cnnc_rt_context;
+
+/* Runs the slices [lo, hi) of one kernel call. */
+typedef int32_t cnnc_rt_thunk(void *const *args, void *scratch, int32_t lo, int32_t hi);
+
+/* Calls all kernels in order; made by driver.py. */
+typedef int32_t cnnc_rt_body(cnnc_rt_context *context, const void *const *inputs, void *const *outputs, void *arena,
+                             const void *weights);
+
+typedef struct cnnc_rt_model {
+  const char *name;
+  const char *prefix;
+  const char *cpu;
+  const char *meta;
+  const char *const *features;
+  const cnnc_rt_tensor *inputs;
+  const cnnc_rt_tensor *outputs;
+  const cnnc_rt_kernel *kernels;
+  const void *weights;
+  cnnc_rt_body *run;
+  cnnc_rt_body *run_profiled;
+  uint64_t weight_bytes;
+  uint64_t arena_bytes;
+  uint64_t scratch_bytes;
+  int32_t feature_count;
+  int32_t input_count;
+  int32_t output_count;
+  int32_t kernel_count;
+} cnnc_rt_model;
+
+/* The one description of the model in this binary; made by driver.py. */
+extern const cnnc_rt_model cnnc_rt_the_model;
+
+/* context.c */
+int cnnc_rt_create(int threads, cnnc_rt_context **out);
+int cnnc_rt_run(cnnc_rt_context *context, const void *const *inputs, void *const *outputs);
+int cnnc_rt_destroy(cnnc_rt_context *context);
+int cnnc_rt_profile(cnnc_rt_context *context, int on);
+uint64_t cnnc_rt_kernel_ns(cnnc_rt_context *context, int index, uint64_t *calls);
+int cnnc_rt_threads(cnnc_rt_context *context);
+int32_t cnnc_rt_parallel(cnnc_rt_context *context, cnnc_rt_thunk *thunk, void *const *args, int32_t slices);
+void cnnc_rt_tick(cnnc_rt_context *context, int32_t kernel, int64_t start);
+
+/* info.c */
+int cnnc_rt_input_count(void);
+int cnnc_rt_output_count(void);
+const cnnc_rt_tensor *cnnc_rt_input(int index);
+const cnnc_rt_tensor *cnnc_rt_output(int index);
+int cnnc_rt_kernel_count(void);
+const cnnc_rt_kernel *cnnc_rt_kernel_at(int index);
+const char *cnnc_rt_meta(void);
+const char *cnnc_rt_error_text(int code);
+int cnnc_rt_abi_version(void);
+
+/* What `cnnc_model_v1` points to: enough to use any cnnc binary without knowing its prefix. */
+typedef struct cnnc_rt_table {
+  uint64_t magic;
+  uint32_t abi;
+  uint32_t table_bytes;
+  const cnnc_rt_model *model;
+  int (*create)(int threads, cnnc_rt_context **out);
+  int (*run)(cnnc_rt_context *context, const void *const *inputs, void *const *outputs);
+  int (*destroy)(cnnc_rt_context *context);
+  int (*profile)(cnnc_rt_context *context, int on);
+  uint64_t (*kernel_ns)(cnnc_rt_context *context, int index, uint64_t *calls);
+  int (*threads)(cnnc_rt_context *context);
+  const char *(*error_text)(int code);
+} cnnc_rt_table;
+extern const cnnc_rt_table cnnc_rt_the_table;
+
+/* cpu.c: the first needed feature this CPU (or its operating system) lacks, as a whole sentence; NULL if none. */
+const char *cnnc_rt_missing_feature(const char *const *features, int32_t count);
+
+/* pool.c */
+typedef struct cnnc_rt_pool cnnc_rt_pool;
+int cnnc_rt_pool_create(int threads, char *scratch, size_t scratch_stride, cnnc_rt_pool **out);
+void cnnc_rt_pool_destroy(cnnc_rt_pool *pool, bool forked);
+int32_t cnnc_rt_pool_run(cnnc_rt_pool *pool, cnnc_rt_thunk *thunk, void *const *args, void *scratch, int32_t slices,
+                         int threads);
+int cnnc_rt_allowed_cpus(void);
+int64_t cnnc_rt_clock(void);
+
+#endif

@@ -1,0 +1,64 @@
+/* What a caller can ask without a context: ports, kernels, error texts, the table for generic loaders. */
+#include "cnnc_rt.h"
+
+#define MODEL cnnc_rt_the_model
+
+int cnnc_rt_input_count(void) { return MODEL.input_count; }
+
+int cnnc_rt_output_count(void) { return MODEL.output_count; }
+
+int cnnc_rt_kernel_count(void) { return MODEL.kernel_count; }
+
+const cnnc_rt_tensor *cnnc_rt_input(int index) {
+  return index >= 0 && index < MODEL.input_count ? &MODEL.inputs[index] : NULL;
+}
+
+const cnnc_rt_tensor *cnnc_rt_output(int index) {
+  return index >= 0 && index < MODEL.output_count ? &MODEL.outputs[index] : NULL;
+}
+
+const cnnc_rt_kernel *cnnc_rt_kernel_at(int index) {
+  return index >= 0 && index < MODEL.kernel_count ? &MODEL.kernels[index] : NULL;
+}
+
+const char *cnnc_rt_meta(void) { return MODEL.meta; }
+
+int cnnc_rt_abi_version(void) { return CNNC_RT_ABI; }
+
+const char *cnnc_rt_error_text(int code) {
+  switch (code) {
+    case CNNC_RT_OK:
+      return "no error";
+    case CNNC_RT_ERROR_NULL:
+      return "a pointer is null: the context, an array, or an input or output in it";
+    case CNNC_RT_ERROR_THREADS:
+      return "the number of threads must be 1 to 1024, or 0 for as many as this process may use";
+    case CNNC_RT_ERROR_CONTEXT:
+      return "not a live context: it was destroyed, or never created by this model";
+    case CNNC_RT_ERROR_BUSY:
+      return "the context is in use by another thread: give each thread a context of its own";
+    case CNNC_RT_ERROR_OVERLAP:
+      return "two outputs overlap in memory";
+    case CNNC_RT_ERROR_VALUE:
+      return "a value computed at run time is out of range (an index or a size): the outputs are not valid";
+    case CNNC_RT_ERROR_TOO_MANY:
+      return "1024 contexts are alive: destroy some";
+    case CNNC_RT_ERROR_MEMORY:
+      return "not enough memory";
+    case CNNC_RT_ERROR_START_THREAD:
+      return "a thread cannot be started: ask for fewer threads, or raise the limit on processes";
+    case CNNC_RT_ERROR_CPU: {
+      const char *missing = cnnc_rt_missing_feature(MODEL.features, MODEL.feature_count);
+      return missing != NULL ? missing : "this CPU lacks a feature that the model was compiled for";
+    }
+    case CNNC_RT_ERROR_KERNEL:
+      return "a kernel failed: this is a bug of cnnc";
+    default:
+      return "unknown error code";
+  }
+}
+
+const cnnc_rt_table cnnc_rt_the_table = {
+    CNNC_RT_MAGIC,    CNNC_RT_ABI,     sizeof(cnnc_rt_table), &cnnc_rt_the_model, cnnc_rt_create,     cnnc_rt_run,
+    cnnc_rt_destroy, cnnc_rt_profile, cnnc_rt_kernel_ns,     cnnc_rt_threads,    cnnc_rt_error_text,
+};
