@@ -1,0 +1,233 @@
+"""From a scheduled graph to a program: compiles the kernels it needs, packs weights, fills in the calls."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from cnnc.backends.cache import KernelCache
+from cnnc.backends.cpu.codegen import KernelJob, KernelObject, compile_kernels
+from cnnc.backends.cpu.templates import template
+from cnnc.backends.host.program import ALIGNMENT, KernelCall, Port, Program, Slot
+from cnnc.errors import VerifyError
+from cnnc.ir.graph import Graph, Node, Value
+from cnnc.ir.text import print_graph
+from cnnc.ops.fused import Fused
+from cnnc.ops.source import Constant
+from cnnc.passes.plan_memory import MemoryPlan
+from cnnc.target import Target
+
+SOURCES = ("input", "constant")
+VIEWS = ("reshape",)
+"""Operators outside kernels that only rename memory."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """A program with the graph it came from and the machine code of its kernels.
+
+    `compiled` and `cached` count where the kernels came from.
+    """
+
+    graph: Graph
+    program: Program
+    objects: tuple[bytes, ...]
+    compiled: int
+    cached: int
+
+
+def build(
+    graph: Graph,
+    plan: MemoryPlan,
+    target: Target,
+    *,
+    kernel_cache: KernelCache,
+    meta: dict[str, object],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Build:
+    """Compile a graph whose every computing node is a scheduled `Fused`.
+
+    Equal kernels (same body, types and schedule) are compiled once; kernels in the cache not at all.
+    """
+    calls = [node for node in graph.nodes if isinstance(node.op, Fused)]
+    symbols = {node: kernel_symbol(fused_of(node), target) for node in calls}
+    kernels, compiled = _kernel_objects({symbols[n]: fused_of(n) for n in calls}, target, kernel_cache, progress)
+    weights = WeightBlock()
+    slots = _slots(graph, plan, weights)
+    program = Program(
+        name=graph.name,
+        inputs=tuple(_port(name, v) for name, v in zip(graph.input_names, graph.inputs, strict=True)),
+        outputs=tuple(_port(name, v) for name, v in zip(graph.output_names, graph.outputs, strict=True)),
+        calls=tuple(_kernel_call(node, kernels[symbols[node]], slots) for node in calls),
+        arena_bytes=plan.size,
+        scratch_bytes=max((k.scratch_bytes for k in kernels.values()), default=0),
+        weights=weights.data(),
+        cpu=target.llvm_cpu,
+        features=target.features,
+        meta=json.dumps(meta, sort_keys=True),
+    )
+    objects = tuple(kernel.code for _, kernel in sorted(kernels.items()))
+    return Build(graph, program, objects, compiled, len(kernels) - compiled)
+
+
+def fused_of(node: Node) -> Fused:
+    """Give the kernel of a node."""
+    if not isinstance(node.op, Fused):
+        raise VerifyError(f"{node.op.name} is left outside of a kernel (at {', '.join(sorted(node.loc))})")
+    return node.op
+
+
+def kernel_symbol(kernel: Fused, target: Target) -> str:
+    """Name a kernel by what it computes and how: the same body, types, schedule and target give the same name."""
+    return f"{kernel.anchor}_{kernel_key(kernel, target)[:16]}"
+
+
+def kernel_key(kernel: Fused, target: Target) -> str:
+    """Digest everything a kernel's machine code depends on, the compiler's own source included."""
+    text = print_graph(anonymous(kernel.body))
+    parts = (text, str(kernel.schedule), str(target), str(target.caches), source_digest())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def anonymous(body: Graph) -> Graph:
+    """Give the body without names and source locations, which change nothing in the code."""
+    new: dict[Value, Value] = {}
+    for position, value in enumerate(body.inputs):
+        op = replace(value.op, label=f"x{position}")  # type: ignore[call-arg]
+        new[value] = Value(Node(op, (), value.node.types))
+    for node in body.nodes:
+        if node.op.name == "input":
+            continue
+        op = replace(node.op, label="") if isinstance(node.op, Constant) else node.op
+        copy = Node(op, tuple(new[v] for v in node.inputs), node.types)
+        new.update(zip(node.values, copy.values, strict=True))
+    names = tuple(f"y{i}" for i in range(len(body.outputs)))
+    return Graph("kernel", tuple(new[v] for v in body.inputs), tuple(new[v] for v in body.outputs), names)
+
+
+@cache
+def source_digest() -> str:
+    """Digest the source files kernels come from, so that a changed compiler never reuses old code."""
+    from importlib.metadata import version
+
+    root = Path(__file__).resolve().parents[1]
+    state = hashlib.sha256(f"{version('apache-tvm')} {version('llvmlite')}".encode())
+    for folder in (root, _operators_folder()):
+        for path in sorted(folder.rglob("*.py")):
+            state.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return state.hexdigest()
+
+
+def _operators_folder() -> Path:
+    import cnnc.ops
+
+    return Path(str(cnnc.ops.__file__)).resolve().parent
+
+
+def _kernel_objects(
+    kernels: dict[str, Fused], target: Target, store: KernelCache, progress: Callable[[int, int], None]
+) -> tuple[dict[str, KernelObject], int]:
+    """Give the machine code by symbol, from the cache or freshly compiled, and how many were compiled."""
+    keys = {symbol: kernel_key(kernel, target) for symbol, kernel in kernels.items()}
+    found = {symbol: store.get(key) for symbol, key in keys.items()}
+    objects = {symbol: kernel for symbol, kernel in found.items() if kernel is not None}
+    missing = [symbol for symbol in kernels if symbol not in objects]
+    progress(len(objects), len(kernels))
+    jobs = [KernelJob(_primfunc(kernels[symbol], target), symbol) for symbol in missing]
+    for symbol, kernel in zip(missing, compile_kernels(jobs, target), strict=True):
+        objects[symbol] = kernel
+        store.put(keys[symbol], kernel)
+    progress(len(kernels), len(kernels))
+    return objects, len(missing)
+
+
+def _primfunc(kernel: Fused, target: Target) -> object:
+    if kernel.schedule is None:
+        raise VerifyError(f"kernel {kernel.anchor} has no schedule; the tile pass has not run")
+    return template(kernel.schedule.template).build(kernel, kernel.schedule, target)
+
+
+class WeightBlock:
+    """The constants of a program in one block of memory, equal ones once, each aligned for vector loads."""
+
+    def __init__(self) -> None:
+        self._offsets: dict[Constant, int] = {}
+        self._parts: list[np.ndarray] = []
+        self._size = 0
+
+    def place(self, constant: Constant) -> int:
+        """Give the offset of a constant in bytes, packed in its layout."""
+        key = replace(constant, label="")
+        if key not in self._offsets:
+            array = constant.value.array
+            packed = array if constant.layout is None else constant.layout.pack(array)
+            self._offsets[key] = self._size
+            self._append(np.ascontiguousarray(packed).reshape(-1).view(np.uint8))
+        return self._offsets[key]
+
+    def _append(self, data: np.ndarray) -> None:
+        padding = -data.size % ALIGNMENT
+        self._parts += [data, np.zeros(padding, np.uint8)]
+        self._size += data.size + padding
+
+    def data(self) -> memoryview:
+        """Give the whole block."""
+        if not self._parts:
+            return memoryview(b"")
+        return np.concatenate(self._parts).data.cast("B")
+
+
+def _slots(graph: Graph, plan: MemoryPlan, weights: WeightBlock) -> dict[Value, Slot]:
+    """Say where every value outside kernels lives."""
+    slots: dict[Value, Slot] = {}
+    for position, value in enumerate(graph.inputs):
+        slots[value] = Slot("input", position)
+    for position, value in enumerate(graph.outputs):
+        if not isinstance(value.op, Fused) or value in slots:
+            raise VerifyError(f"output {graph.output_names[position]} is not written by a kernel of its own")
+        slots[value] = Slot("output", position)
+    for node in graph.nodes:
+        if isinstance(node.op, Constant):
+            slots[node.values[0]] = Slot("weights", weights.place(node.op))
+        elif node.op.name in VIEWS:
+            slots[node.values[0]] = slots[node.inputs[0]]
+        elif isinstance(node.op, Fused):
+            for value in node.values:
+                if value not in slots:
+                    slots[value] = Slot("arena", plan.offsets[value])
+        elif node.op.name not in SOURCES:
+            raise VerifyError(f"{node.op.name} is left outside of a kernel (at {', '.join(sorted(node.loc))})")
+    return slots
+
+
+def _kernel_call(node: Node, kernel: KernelObject, slots: dict[Value, Slot]) -> KernelCall:
+    op = fused_of(node)
+    args = [slots[v] for v in (*node.inputs, *node.values)]
+    if kernel.scratch_bytes:
+        args.append(Slot("scratch", 0))
+    moved = sum(v.type.nbytes for v in (*node.inputs, *node.values))
+    return KernelCall(
+        symbol=kernel.symbol,
+        args=tuple(args),
+        slices=kernel.slices,
+        layers=tuple(sorted(node.loc)),
+        flops=op.flops(*(v.type for v in node.inputs)),
+        bytes=moved,
+        algorithm=op.schedule.template if op.schedule else "",
+        schedule=str(op.schedule),
+    )
+
+
+def _port(name: str, value: Value) -> Port:
+    return Port(name, str(value.dtype), value.type.static_shape)
+
+
+def fused_nodes(graph: Graph) -> Sequence[Node]:
+    """List the kernels of a graph in the order they run."""
+    return [node for node in graph.nodes if isinstance(node.op, Fused)]
