@@ -123,7 +123,7 @@ class _Driver:
         """Return the function that calls all kernels; the unprofiled one carries no trace of clocks."""
         body = ir.Function(self.module, _BODY, name)
         body.linkage = "internal"
-        context, inputs, outputs, arena, weights = body.args
+        lane, inputs, outputs, arena, weights = body.args
         parallel = self._declare("cnnc_rt_parallel", _I32, [_PTR, _PTR, _PTR, _I32])
         clock = self._declare("cnnc_rt_clock", _I64, [])
         tick = self._declare("cnnc_rt_tick", _VOID, [_PTR, _I32, _I64])
@@ -138,9 +138,9 @@ class _Driver:
                 if slot.space != "scratch":
                     b.store(_address(b, bases, slot), b.gep(array, [_I64(place)], source_etype=_PTR))
             start = b.call(clock, []) if profiled else None
-            status = b.call(parallel, [context, self._thunk(call), array, _I32(call.slices)])
+            status = b.call(parallel, [lane, self._thunk(call), array, _I32(call.slices)])
             if start is not None:
-                b.call(tick, [context, _I32(index), start])
+                b.call(tick, [lane, _I32(index), start])
             statuses.append((status, b.block))
             following = body.append_basic_block(f"after_{index}")
             b.cbranch(b.icmp_signed("==", status, _I32(0)), following, failed)

@@ -158,9 +158,9 @@ def aligned_empty(shape: Sequence[int], dtype: str) -> Array:
 
 
 class Context:
-    """What one thread runs a model with: it owns the memory and the worker threads, and is used by one caller at a time.
+    """What one thread runs a model with: it owns the memory and the worker threads.
 
-    A second thread that runs it at the same moment gets a UsageError.
+    It serves one caller at a time: a second thread that runs it at the same moment gets a UsageError.
     """
 
     def __init__(self, model: LoadedModel, threads: int) -> None:

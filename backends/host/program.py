@@ -38,15 +38,16 @@ _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_.$]*\Z")
 
 # Words that must not become the prefix of `<prefix>_create` and its companions: keywords of C and C++,
 # and the libc families whose names end in one of our words (pthread_create, timer_create, ...).
-_RESERVED = frozenset(
-    """auto break case char const continue default do double else enum extern float for goto if inline int long
+_RESERVED_WORDS = """
+    auto break case char const continue default do double else enum extern float for goto if inline int long
     register restrict return short signed sizeof static struct switch typedef union unsigned void volatile while
     alignas alignof asm bool catch class concept constexpr decltype delete dynamic_cast explicit export false
     friend mutable namespace new noexcept not nullptr operator or and private protected public requires template
     this throw true try typeid typename using virtual xor main timer thrd mtx cnd tss sem mq aio hcreate svc clnt
     auth xdr svcudp svctcp svcraw svcunix clntudp clnttcp clntraw clntunix authnone authunix authdes xdrmem
-    xdrrec xdrstdio model timerfd signalfd eventfd epoll inotify shm key""".split()
-)
+    xdrrec xdrstdio timerfd signalfd eventfd epoll inotify shm key
+"""
+_RESERVED = frozenset(_RESERVED_WORDS.split())
 _RESERVED_STARTS = ("pthread", "cnnc", "authunix", "clnt", "svc", "xdr", "_")
 _MAX_PREFIX = 60
 
@@ -133,7 +134,7 @@ def c_prefix(name: str) -> str:
         digest = hashlib.sha256(name.encode("utf-8", "backslashreplace")).hexdigest()[:8]
         prefix = f"{prefix[: _MAX_PREFIX - 9]}_{digest}"
     if not prefix:
-        return "model_"
+        return "model"
     if prefix[0].isdigit() or prefix in _RESERVED or prefix.startswith(_RESERVED_STARTS):
         return f"model_{prefix.lstrip('_')}"
     return prefix

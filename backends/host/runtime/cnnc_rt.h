@@ -13,6 +13,7 @@
 #define CNNC_RT_ALIGNMENT 64
 #define CNNC_RT_MAX_THREADS 1024
 #define CNNC_RT_MAX_CONTEXTS 1024
+#define CNNC_RT_MXCSR 0x1f80 /* round to nearest, keep denormals, no traps */
 
 /* code / 100 is the exit code cnnc's command line gives to the same kind of problem (7000: 70, our bug). */
 enum cnnc_rt_error {
@@ -50,12 +51,13 @@ typedef struct cnnc_rt_kernel {
 } cnnc_rt_kernel;
 
 typedef struct cnnc_rt_context cnnc_rt_context;
+typedef struct cnnc_rt_lane cnnc_rt_lane; /* one thread's way through the kernels */
 
 /* Runs the slices [lo, hi) of one kernel call. */
 typedef int32_t cnnc_rt_thunk(void *const *args, void *scratch, int32_t lo, int32_t hi);
 
-/* Calls all kernels in order; made by driver.py. */
-typedef int32_t cnnc_rt_body(cnnc_rt_context *context, const void *const *inputs, void *const *outputs, void *arena,
+/* Calls all kernels in order, through cnnc_rt_parallel; made by driver.py. */
+typedef int32_t cnnc_rt_body(cnnc_rt_lane *lane, const void *const *inputs, void *const *outputs, void *arena,
                              const void *weights);
 
 typedef struct cnnc_rt_model {
@@ -89,8 +91,6 @@ int cnnc_rt_destroy(cnnc_rt_context *context);
 int cnnc_rt_profile(cnnc_rt_context *context, int on);
 uint64_t cnnc_rt_kernel_ns(cnnc_rt_context *context, int index, uint64_t *calls);
 int cnnc_rt_threads(cnnc_rt_context *context);
-int32_t cnnc_rt_parallel(cnnc_rt_context *context, cnnc_rt_thunk *thunk, void *const *args, int32_t slices);
-void cnnc_rt_tick(cnnc_rt_context *context, int32_t kernel, int64_t start);
 
 /* info.c */
 int cnnc_rt_input_count(void);
@@ -124,10 +124,25 @@ const char *cnnc_rt_missing_feature(const char *const *features, int32_t count);
 
 /* pool.c */
 typedef struct cnnc_rt_pool cnnc_rt_pool;
+
+typedef struct cnnc_rt_counter {
+  uint64_t ns;
+  uint64_t calls;
+} cnnc_rt_counter;
+
+typedef struct cnnc_rt_job {
+  cnnc_rt_body *body; /* what the caller's lane runs; the others run the_model.run */
+  const void *const *inputs;
+  void *const *outputs;
+  void *arena;
+  cnnc_rt_counter *counters;
+} cnnc_rt_job;
+
 int cnnc_rt_pool_create(int threads, char *scratch, size_t scratch_stride, cnnc_rt_pool **out);
 void cnnc_rt_pool_destroy(cnnc_rt_pool *pool, bool forked);
-int32_t cnnc_rt_pool_run(cnnc_rt_pool *pool, cnnc_rt_thunk *thunk, void *const *args, void *scratch, int32_t slices,
-                         int threads);
+int32_t cnnc_rt_pool_run(cnnc_rt_pool *pool, const cnnc_rt_job *job, bool alone);
+int32_t cnnc_rt_parallel(cnnc_rt_lane *self, cnnc_rt_thunk *thunk, void *const *args, int32_t slices);
+void cnnc_rt_tick(cnnc_rt_lane *lane, int32_t kernel, int64_t start);
 int cnnc_rt_allowed_cpus(void);
 int64_t cnnc_rt_clock(void);
 

@@ -10,15 +10,9 @@
 
 #define PAGE ((size_t)4096)
 #define HUGE_PAGE ((size_t)1 << 21)
-#define DEFAULT_MXCSR 0x1f80
-
-typedef struct counter {
-  uint64_t ns;
-  uint64_t calls;
-} counter;
 
 struct cnnc_rt_context {
-  cnnc_rt_pool *pool; /* NULL with one thread */
+  cnnc_rt_pool *pool;
   int threads;
   int profiled;
   pid_t pid;
@@ -30,7 +24,7 @@ struct cnnc_rt_context {
   void **outputs;
   void **input_copies; /* aligned memory, made when a misaligned pointer first comes */
   void **output_copies;
-  counter *counters;
+  cnnc_rt_counter *counters;
 };
 
 /* All live contexts.  A stale or foreign pointer is looked up here and never followed; `busy` guards the entry, so that
@@ -100,9 +94,6 @@ static int map_memory(cnnc_rt_context *context) {
   if (alignment == HUGE_PAGE) {
     /* Advice only: without huge pages everything still works. */
     madvise(context->arena, size, MADV_HUGEPAGE);
-  }
-  if (context->threads == 1) {
-    return CNNC_RT_OK;
   }
   return cnnc_rt_pool_create(context->threads, context->scratch, stride, &context->pool);
 }
@@ -257,9 +248,17 @@ static int run_bound(cnnc_rt_context *context, const void *const *inputs, void *
   }
   /* The caller may flush denormals or round otherwise; the model's numbers must not depend on it. */
   unsigned mode = _mm_getcsr();
-  _mm_setcsr(DEFAULT_MXCSR);
-  cnnc_rt_body *body = context->profiled ? model->run_profiled : model->run;
-  int32_t status = body(context, context->inputs, context->outputs, context->arena, model->weights);
+  _mm_setcsr(CNNC_RT_MXCSR);
+  cnnc_rt_job job = {
+      .body = context->profiled ? model->run_profiled : model->run,
+      .inputs = context->inputs,
+      .outputs = context->outputs,
+      .arena = context->arena,
+      .counters = context->counters,
+  };
+  /* In the child of a fork there are no workers: the caller does their shares, with the same result. */
+  bool alone = context->threads == 1 || model->kernel_count == 0 || context->pid != getpid();
+  int32_t status = cnnc_rt_pool_run(context->pool, &job, alone);
   _mm_setcsr(mode);
   if (status != 0) {
     return status > 0 ? CNNC_RT_ERROR_VALUE : CNNC_RT_ERROR_KERNEL;
@@ -282,10 +281,6 @@ int cnnc_rt_run(cnnc_rt_context *context, const void *const *inputs, void *const
   if (code != CNNC_RT_OK) {
     return code;
   }
-  /* In the child of a fork there are no workers: the caller does their shares, with the same result. */
-  if (context->threads > 1 && context->pid != getpid()) {
-    context->threads = 1;
-  }
   code = bind_inputs(context, inputs);
   if (code == CNNC_RT_OK) {
     code = bind_outputs(context, inputs, outputs);
@@ -295,18 +290,6 @@ int cnnc_rt_run(cnnc_rt_context *context, const void *const *inputs, void *const
   }
   leave(entry);
   return code;
-}
-
-int32_t cnnc_rt_parallel(cnnc_rt_context *context, cnnc_rt_thunk *thunk, void *const *args, int32_t slices) {
-  if (context->threads == 1 || slices == 1) {
-    return thunk(args, context->scratch, 0, slices);
-  }
-  return cnnc_rt_pool_run(context->pool, thunk, args, context->scratch, slices, context->threads);
-}
-
-void cnnc_rt_tick(cnnc_rt_context *context, int32_t kernel, int64_t start) {
-  context->counters[kernel].ns += (uint64_t)(cnnc_rt_clock() - start);
-  context->counters[kernel].calls++;
 }
 
 int cnnc_rt_profile(cnnc_rt_context *context, int on) {
@@ -325,7 +308,7 @@ int cnnc_rt_profile(cnnc_rt_context *context, int on) {
 
 uint64_t cnnc_rt_kernel_ns(cnnc_rt_context *context, int index, uint64_t *calls) {
   slot *entry;
-  counter read = {0, 0};
+  cnnc_rt_counter read = {0, 0};
   if (index >= 0 && index < cnnc_rt_the_model.kernel_count && enter(context, &entry) == CNNC_RT_OK) {
     read = context->counters[index];
     leave(entry);

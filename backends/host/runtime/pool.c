@@ -1,8 +1,10 @@
-/* The thread pool: each worker has a mailbox of its own, spins for a while, then sleeps on a futex.
+/* The threads of a context: every lane walks through all kernels by itself and does its share of the slices; between
+ * two kernels the lanes meet at a barrier.  So a kernel costs one hand-over between threads, and nothing is posted.
  *
- * A mailbox is written by the caller only, its answer by the worker only, and they lie on different cache lines
- * (128 bytes apart: the prefetcher of x86 fetches pairs of lines).  A worker that has no share of a job is not
- * woken and reads nothing, so there is no generation it could miss. */
+ * The barrier is a dissemination barrier (Hensgen, Finkel, Manber 1988): in round r, lane i rings lane i + 2^r and waits
+ * for lane i - 2^r; after log2(n) rounds everybody has heard of everybody.  Each bell has one writer and one reader and
+ * lies on a cache line of its own (128 bytes apart: the prefetcher of x86 fetches pairs of lines).  A waiting lane
+ * spins for a while, then sleeps on a futex. */
 #define _GNU_SOURCE
 #include "cnnc_rt.h"
 
@@ -17,30 +19,38 @@
 #include <unistd.h>
 #include <xmmintrin.h>
 
-/* Long enough to bridge a kernel that runs on one thread only, short enough to cost little when the caller is done. */
+/* Long enough to bridge a kernel that runs on one lane only, short enough to cost little when the caller is done. */
 #define SPIN_NS 200000
 #define STACK_BYTES (1u << 20)
-#define DEFAULT_MXCSR 0x1f80
+#define ROUNDS 10 /* 2^10 = CNNC_RT_MAX_THREADS */
 
-typedef struct worker {
-  _Alignas(128) _Atomic uint32_t ticket; /* one more for each job */
-  int32_t lo;
-  int32_t hi;
-  cnnc_rt_thunk *thunk; /* NULL: end */
-  void *const *args;
-  _Alignas(128) _Atomic uint32_t done; /* the ticket of the last job that is finished */
-  _Atomic uint32_t asleep;
-  int32_t status;
-  _Alignas(128) cnnc_rt_pool *pool; /* from here on never written after the start */
+/* 2 * the last number rung, plus 1 while the reader sleeps. */
+typedef struct bell {
+  _Alignas(128) _Atomic uint32_t word;
+} bell;
+
+struct cnnc_rt_lane {
+  _Alignas(128) cnnc_rt_pool *pool;
   void *scratch;
   pthread_t thread;
-} worker;
+  int index;
+  int lanes;      /* 1: no barriers */
+  uint64_t epoch; /* barriers passed; the same in all lanes */
+  bell start;
+  bell rounds[ROUNDS];
+};
 
 struct cnnc_rt_pool {
-  _Alignas(128) _Atomic uint32_t caller_asleep;
-  _Alignas(128) int count; /* workers, the caller not among them */
+  /* What the lanes are to run; written before their start bells ring. */
+  const cnnc_rt_job *job;
+  cnnc_rt_counter *counters; /* used by the caller's lane only */
   int64_t spin_ns;
-  worker workers[];
+  int count;
+  uint32_t runs;
+  /* 4 * epoch + 1 (value) or + 2 (bug): a kernel failed before that barrier.  Two, since the next kernel may already
+   * fail in one lane while another lane still reads how this one went. */
+  _Alignas(128) _Atomic uint64_t failed[2];
+  cnnc_rt_lane lane[];
 };
 
 int64_t cnnc_rt_clock(void) {
@@ -51,28 +61,25 @@ int64_t cnnc_rt_clock(void) {
 
 int cnnc_rt_allowed_cpus(void) {
   cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) {
-    return CPU_COUNT(&set);
+  long count = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : sysconf(_SC_NPROCESSORS_ONLN);
+  return count < 1 ? 1 : count > CNNC_RT_MAX_THREADS ? CNNC_RT_MAX_THREADS : (int)count;
+}
+
+static void ring(bell *b, uint32_t number) {
+  if (atomic_exchange(&b->word, number * 2) & 1) {
+    syscall(SYS_futex, &b->word, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
   }
-  /* More CPUs than a cpu_set_t holds. */
-  long online = sysconf(_SC_NPROCESSORS_ONLN);
-  return online < 1 ? 1 : online > CNNC_RT_MAX_THREADS ? CNNC_RT_MAX_THREADS : (int)online;
 }
 
-static void futex_wait(_Atomic uint32_t *word, uint32_t value) {
-  syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
-}
+/* The ringer may be one number ahead, and numbers wrap round. */
+static bool rung(uint32_t word, uint32_t number) { return (int32_t)((word & ~1u) - number * 2) >= 0; }
 
-static void futex_wake(_Atomic uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0); }
-
-/* Waits until *word is no longer `old`; *asleep tells the writer of the word that it has to wake us. */
-static uint32_t await_change(_Atomic uint32_t *word, uint32_t old, _Atomic uint32_t *asleep, int64_t spin_ns) {
+static void await(bell *b, uint32_t number, int64_t spin_ns) {
   int64_t deadline = 0;
   do {
     for (int i = 0; i < 128; i++) {
-      uint32_t value = atomic_load_explicit(word, memory_order_acquire);
-      if (value != old) {
-        return value;
+      if (rung(atomic_load_explicit(&b->word, memory_order_acquire), number)) {
+        return;
       }
       _mm_pause();
     }
@@ -80,113 +87,133 @@ static uint32_t await_change(_Atomic uint32_t *word, uint32_t old, _Atomic uint3
       deadline = cnnc_rt_clock() + spin_ns;
     }
   } while (cnnc_rt_clock() < deadline);
-  /* Both sides write their own word, then read the other's, in sequentially consistent order: one of them sees it. */
-  atomic_store(asleep, 1);
-  uint32_t value;
-  while ((value = atomic_load(word)) == old) {
-    futex_wait(word, old);
+  uint32_t word = atomic_load(&b->word);
+  while (!rung(word, number)) {
+    uint32_t sleeping = word | 1;
+    if (!atomic_compare_exchange_strong(&b->word, &word, sleeping)) {
+      continue;
+    }
+    syscall(SYS_futex, &b->word, FUTEX_WAIT_PRIVATE, sleeping, NULL, NULL, 0);
+    word = atomic_load(&b->word);
   }
-  atomic_store(asleep, 0);
-  return value;
+}
+
+static void barrier(cnnc_rt_lane *self) {
+  cnnc_rt_pool *pool = self->pool;
+  uint32_t number = (uint32_t)++self->epoch;
+  for (int round = 0, step = 1; step < self->lanes; round++, step *= 2) {
+    int to = self->index + step;
+    ring(&pool->lane[to < self->lanes ? to : to - self->lanes].rounds[round], number);
+    await(&self->rounds[round], number, pool->spin_ns);
+  }
+}
+
+static int32_t share(int32_t slices, int lanes, int index) { return (int32_t)((int64_t)slices * index / lanes); }
+
+int32_t cnnc_rt_parallel(cnnc_rt_lane *self, cnnc_rt_thunk *thunk, void *const *args, int32_t slices) {
+  if (self->lanes == 1) {
+    return thunk(args, self->scratch, 0, slices);
+  }
+  _Atomic uint64_t *failed = &self->pool->failed[self->epoch & 1];
+  uint64_t mark = self->epoch * 4;
+  int lanes = slices < self->lanes ? slices : self->lanes;
+  if (self->index < lanes) {
+    int32_t lo = share(slices, lanes, self->index);
+    int32_t status = thunk(args, self->scratch, lo, share(slices, lanes, self->index + 1));
+    if (status != 0) {
+      atomic_store(failed, mark + (status > 0 ? 1 : 2));
+    }
+  }
+  barrier(self);
+  uint64_t found = atomic_load_explicit(failed, memory_order_relaxed);
+  return found == mark + 1 ? 1 : found == mark + 2 ? -1 : 0;
 }
 
 static void *work(void *argument) {
-  worker *self = argument;
+  cnnc_rt_lane *self = argument;
   cnnc_rt_pool *pool = self->pool;
-  uint32_t ticket = 0;
-  _mm_setcsr(DEFAULT_MXCSR);
-  for (;;) {
-    ticket = await_change(&self->ticket, ticket, &self->asleep, pool->spin_ns);
-    if (self->thunk == NULL) {
+  _mm_setcsr(CNNC_RT_MXCSR);
+  for (uint32_t number = 1;; number++) {
+    await(&self->start, number, pool->spin_ns);
+    const cnnc_rt_job *job = pool->job;
+    if (job == NULL) {
       return NULL;
     }
-    self->status = self->thunk(self->args, self->scratch, self->lo, self->hi);
-    atomic_store(&self->done, ticket);
-    if (atomic_load(&pool->caller_asleep)) {
-      futex_wake(&self->done);
-    }
+    /* Clocks are the first lane's affair, so `run` and `run_profiled` meet at the same barriers. */
+    cnnc_rt_the_model.run(self, job->inputs, job->outputs, job->arena, cnnc_rt_the_model.weights);
   }
 }
 
-static void post(worker *to, cnnc_rt_thunk *thunk, void *const *args, int32_t lo, int32_t hi) {
-  to->thunk = thunk;
-  to->args = args;
-  to->lo = lo;
-  to->hi = hi;
-  atomic_store(&to->ticket, atomic_load_explicit(&to->ticket, memory_order_relaxed) + 1);
-  if (atomic_load(&to->asleep)) {
-    futex_wake(&to->ticket);
+static void start(cnnc_rt_pool *pool, const cnnc_rt_job *job, int count) {
+  pool->job = job;
+  pool->runs++;
+  for (int i = 1; i < count; i++) {
+    ring(&pool->lane[i].start, pool->runs);
   }
 }
 
-static int32_t share(int32_t slices, int threads, int index) {
-  return (int32_t)((int64_t)slices * index / threads);
+int32_t cnnc_rt_pool_run(cnnc_rt_pool *pool, const cnnc_rt_job *job, bool alone) {
+  cnnc_rt_lane *self = &pool->lane[0];
+  self->lanes = alone ? 1 : pool->count;
+  pool->counters = job->counters;
+  if (!alone && pool->count > 1) {
+    start(pool, job, pool->count);
+  }
+  /* The barrier after the last kernel is where the lanes join again. */
+  return job->body(self, job->inputs, job->outputs, job->arena, cnnc_rt_the_model.weights);
 }
 
-int32_t cnnc_rt_pool_run(cnnc_rt_pool *pool, cnnc_rt_thunk *thunk, void *const *args, void *scratch, int32_t slices,
-                         int threads) {
-  if (threads > slices) {
-    threads = slices;
-  }
-  for (int i = 1; i < threads; i++) {
-    post(&pool->workers[i - 1], thunk, args, share(slices, threads, i), share(slices, threads, i + 1));
-  }
-  int32_t status = thunk(args, scratch, 0, share(slices, threads, 1));
-  for (int i = 1; i < threads; i++) {
-    worker *other = &pool->workers[i - 1];
-    uint32_t ticket = atomic_load_explicit(&other->ticket, memory_order_relaxed);
-    if (atomic_load_explicit(&other->done, memory_order_acquire) != ticket) {
-      await_change(&other->done, ticket - 1, &pool->caller_asleep, pool->spin_ns);
-    }
-    /* The first slice that failed decides, as it would with one thread. */
-    if (status == 0) {
-      status = other->status;
-    }
-  }
-  return status;
+void cnnc_rt_tick(cnnc_rt_lane *lane, int32_t kernel, int64_t start) {
+  cnnc_rt_counter *counter = &lane->pool->counters[kernel];
+  counter->ns += (uint64_t)(cnnc_rt_clock() - start);
+  counter->calls++;
 }
 
-static void stop_workers(cnnc_rt_pool *pool, int started) {
-  for (int i = 0; i < started; i++) {
-    post(&pool->workers[i], NULL, NULL, 0, 0);
-  }
-  for (int i = 0; i < started; i++) {
-    pthread_join(pool->workers[i].thread, NULL);
+static void stop(cnnc_rt_pool *pool, int started) {
+  start(pool, NULL, started);
+  for (int i = 1; i < started; i++) {
+    pthread_join(pool->lane[i].thread, NULL);
   }
 }
 
-int cnnc_rt_pool_create(int threads, char *scratch, size_t scratch_stride, cnnc_rt_pool **out) {
-  size_t size = sizeof(cnnc_rt_pool) + (size_t)(threads - 1) * sizeof(worker);
-  cnnc_rt_pool *pool = aligned_alloc(128, size);
+static int start_threads(cnnc_rt_pool *pool) {
   pthread_attr_t attributes;
   sigset_t all, before;
-  if (pool == NULL) {
-    return CNNC_RT_ERROR_MEMORY;
-  }
-  memset(pool, 0, size);
-  pool->count = threads - 1;
-  pool->spin_ns = threads <= cnnc_rt_allowed_cpus() ? SPIN_NS : 0;
   if (pthread_attr_init(&attributes) != 0) {
-    free(pool);
-    return CNNC_RT_ERROR_MEMORY;
+    return 1;
   }
   pthread_attr_setstacksize(&attributes, STACK_BYTES);
   /* The application's signal handlers are for its own threads. */
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
-  int started = 0;
-  for (; started < pool->count; started++) {
-    worker *self = &pool->workers[started];
-    self->pool = pool;
-    self->scratch = scratch + (size_t)(started + 1) * scratch_stride;
-    if (pthread_create(&self->thread, &attributes, work, self) != 0) {
-      break;
-    }
+  int started = 1;
+  while (started < pool->count &&
+         pthread_create(&pool->lane[started].thread, &attributes, work, &pool->lane[started]) == 0) {
+    started++;
   }
   pthread_sigmask(SIG_SETMASK, &before, NULL);
   pthread_attr_destroy(&attributes);
-  if (started < pool->count) {
-    stop_workers(pool, started);
+  return started;
+}
+
+int cnnc_rt_pool_create(int threads, char *scratch, size_t scratch_stride, cnnc_rt_pool **out) {
+  size_t size = sizeof(cnnc_rt_pool) + (size_t)threads * sizeof(cnnc_rt_lane);
+  cnnc_rt_pool *pool = aligned_alloc(128, size);
+  if (pool == NULL) {
+    return CNNC_RT_ERROR_MEMORY;
+  }
+  memset(pool, 0, size);
+  pool->count = threads;
+  pool->spin_ns = threads <= cnnc_rt_allowed_cpus() ? SPIN_NS : 0;
+  for (int i = 0; i < threads; i++) {
+    pool->lane[i].pool = pool;
+    pool->lane[i].index = i;
+    pool->lane[i].lanes = threads;
+    pool->lane[i].scratch = scratch + (size_t)i * scratch_stride;
+  }
+  int started = threads > 1 ? start_threads(pool) : 1;
+  if (started < threads) {
+    stop(pool, started);
     free(pool);
     return CNNC_RT_ERROR_START_THREAD;
   }
@@ -200,7 +227,7 @@ void cnnc_rt_pool_destroy(cnnc_rt_pool *pool, bool forked) {
   }
   /* In the child of a fork the workers do not exist. */
   if (!forked) {
-    stop_workers(pool, pool->count);
+    stop(pool, pool->count);
   }
   free(pool);
 }
