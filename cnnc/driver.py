@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import cnnc
-import cnnc.ops  # noqa: F401  (fills the registry of operators)
+import cnnc.ops
 from cnnc.errors import ModelError, UnsupportedError, UsageError
 from cnnc.ir.graph import Graph
 from cnnc.ir.rewrite import RewriteLog
@@ -56,7 +56,13 @@ class Options:
     def effective(self) -> dict[str, Any]:
         """Give the options that decide what the binary does, as they are stored inside it."""
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
-        return {"target": self.target, "batch": self.batch, "level": self.level, "passes": self.passes, "shapes": shapes}
+        return {
+            "target": self.target,
+            "batch": self.batch,
+            "level": self.level,
+            "passes": self.passes,
+            "shapes": shapes,
+        }
 
 
 @dataclass
@@ -148,9 +154,7 @@ def lower(graph: Graph, options: Options, report: Report) -> Lowered:
     _refuse_open_sizes(graph)
     target = Target.parse(options.target, options.threads)
     chosen = pipeline(options.level, TEMPLATES, options.passes)
-    lowered = run_pipeline(
-        graph, target, chosen, dump_dir=options.dump_ir, log=report.rewrites, timings=report.passes
-    )
+    lowered = run_pipeline(graph, target, chosen, dump_dir=options.dump_ir, log=report.rewrites, timings=report.passes)
     plan = plan_memory(lowered, target)
     return Lowered(lowered, plan, target)
 

@@ -123,6 +123,10 @@ class Module:
         results = self._run([feeds[name] for name in names])
         return {port.name: array for port, array in zip(self.outputs, results, strict=True)}
 
+    def with_threads(self, threads: int) -> Module:
+        """Give the same network run by another number of threads (weights are shared)."""
+        return Module(self._model, threads=threads, build=self._build, path=self._path)
+
     def profile(self, feeds: Mapping[str, np.ndarray], repeats: int = 20) -> list[KernelTime]:
         """Run `repeats` times with the kernels' clocks on and give the mean time of each kernel call."""
         arrays = self._checked([feeds[port.name] for port in self.inputs])

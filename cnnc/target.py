@@ -139,6 +139,17 @@ def machine_flags() -> frozenset[str]:
 
 
 @cache
+def cpu_model_name() -> str:
+    """Read what this machine's CPU calls itself."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "unknown CPU"
+    line = next((line for line in text.splitlines() if line.startswith("model name")), ": unknown CPU")
+    return line.partition(":")[2].strip()
+
+
+@cache
 def native_arch() -> str:
     """Give the highest x86-64 level this machine runs."""
     for level in ("x86-64-v4", "x86-64-v3"):

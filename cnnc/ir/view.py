@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from cnnc.ir.graph import Graph
@@ -23,3 +24,16 @@ def to_networkx(graph: Graph) -> networkx.MultiDiGraph:
         for position, value in enumerate(node.inputs):
             view.add_edge(value.node, node, value=value, position=position)
     return view
+
+
+def to_dot(graph: Graph) -> str:
+    """Write a graph in Graphviz' language, constants left out."""
+    shown = [node for node in graph.nodes if node.op.name != "constant"]
+    numbers = {node: i for i, node in enumerate(shown)}
+    lines = [f"digraph {json.dumps(graph.name)} {{", "  node [shape=box, fontname=monospace];"]
+    for node, i in numbers.items():
+        label = "\n".join((node.op.name, *map(str, node.types), *sorted(node.loc)))
+        lines.append(f"  n{i} [label={json.dumps(label)}];")
+    for node, i in numbers.items():
+        lines += [f"  n{numbers[v.node]} -> n{i};" for v in node.inputs if v.node in numbers]
+    return "\n".join([*lines, "}"]) + "\n"

@@ -1,0 +1,101 @@
+"""Options that several verbs share, and how a model argument becomes a module."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from cnnc.cli.progress import Phases
+from cnnc.driver import Options, Report, compile, load
+from cnnc.errors import UsageError
+from cnnc.module import Module
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A module, how it was compiled (None for a binary), and the seconds until it stood ready."""
+
+    module: Module
+    report: Report | None
+    seconds: float
+
+
+def compile_options(function: F) -> F:
+    """Add the options of a compile; they arrive as keyword arguments that `options_of` turns into `Options`."""
+    added = [
+        click.option("--target", default="cpu", show_default=True, help="cpu, or cpu:NAME such as cpu:x86-64-v3."),
+        click.option("--shape", "shapes", multiple=True, metavar="x=1x3x224x224", help="Fix an input's shape."),
+        click.option("--batch", type=click.IntRange(min=1), help="Fix the batch size where the model leaves it open."),
+        click.option(
+            "-O", "level", type=click.IntRange(0, 3), default=3, show_default=True, help="Optimisation level."
+        ),
+        click.option("--passes", help='Run these passes instead, e.g. "fold_batch_norm,cse,fuse".'),
+        click.option("--dump-ir", type=click.Path(path_type=Path), help="Folder for the IR after each pass."),
+        click.option("--no-cache", is_flag=True, help="Compile every kernel anew."),
+    ]
+    for decorate in reversed(added):
+        function = decorate(function)
+    return function
+
+
+def threads_option(function: F) -> F:
+    """Add `--threads`."""
+    decorate = click.option("--threads", type=click.IntRange(1, 1024), default=1, show_default=True, help="Threads.")
+    return decorate(function)
+
+
+def options_of(arguments: dict[str, Any]) -> Options:
+    """Turn the keyword arguments of `compile_options` into `Options`."""
+    return Options(
+        target=arguments["target"],
+        threads=arguments.get("threads", 1),
+        shapes=dict(_parse_shape(text) for text in arguments["shapes"]),
+        batch=arguments["batch"],
+        level=arguments["level"],
+        passes=arguments["passes"],
+        dump_ir=arguments["dump_ir"],
+        cache=not arguments["no_cache"],
+    )
+
+
+def open_model(model: str, arguments: dict[str, Any]) -> Opened:
+    """Load a binary, or compile a model with progress on stderr."""
+    start = time.perf_counter()
+    if model.endswith(".so"):
+        module = load(model, threads=arguments.get("threads", 1))
+        return Opened(module, None, time.perf_counter() - start)
+    report = Report()
+    options = options_of(arguments)
+    with Phases() as phases:
+        module = compile(
+            model,
+            target=options.target,
+            threads=options.threads,
+            shapes=options.shapes,
+            batch=options.batch,
+            level=options.level,
+            passes=options.passes,
+            dump_ir=options.dump_ir,
+            cache=options.cache,
+            report=report,
+            progress=phases,
+        )
+    return Opened(module, report, time.perf_counter() - start)
+
+
+def _parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
+    name, equals, sizes = text.rpartition("=")
+    try:
+        shape = tuple(int(size) for size in sizes.split("x")) if sizes else ()
+    except ValueError:
+        equals = ""
+    if not equals or not name:
+        raise UsageError(f"--shape {text!r} cannot be read; write it as x=1x3x224x224")
+    return name, shape

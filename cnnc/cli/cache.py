@@ -1,0 +1,26 @@
+"""`cnnc cache`: the kernels kept from earlier compiles."""
+
+from __future__ import annotations
+
+import click
+
+from cnnc.backends.cache import KernelCache
+from cnnc.options import format_bytes
+
+
+@click.group("cache")
+def command() -> None:
+    """Show or empty the kernel cache."""
+
+
+@command.command("status")
+def status() -> None:
+    """Show where the cache is and how much it holds."""
+    state = KernelCache().status()
+    click.echo(f"{state.folder}: {state.entries} kernels, {format_bytes(state.bytes)}")
+
+
+@command.command("clear")
+def clear() -> None:
+    """Remove every kernel of the cache."""
+    click.echo(f"removed {KernelCache().clear()} kernels")

@@ -1,0 +1,82 @@
+"""`cnnc compile`: a model in, a binary out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cnnc.artifact import check_output
+from cnnc.cli.arguments import compile_options, open_model
+from cnnc.cli.report import print_json, print_table, seconds_text
+from cnnc.driver import Report
+from cnnc.errors import UsageError
+from cnnc.options import format_bytes
+
+
+@click.command("compile")
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The file to write, net.so.")
+@click.option("--emit", default="so,header", show_default=True, help="Some of so, header, exe, obj, ir.")
+@compile_options
+@click.option("--time-passes", is_flag=True, help="Print the seconds of each pass.")
+@click.option("--why", metavar="RULE", help="Print where a rewrite rule applied and where it nearly did.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def command(
+    model: str, output: Path, emit: str, time_passes: bool, why: str | None, as_json: bool, **arguments: Any
+) -> None:
+    """Compile MODEL (net.onnx, file.py:network or net.ir) to a binary without any dependency."""
+    start = time.perf_counter()
+    kinds = emit.split(",")
+    check_output(output, kinds)
+    if model.endswith(".so"):
+        raise UsageError(f"{model} is compiled already")
+    opened = open_model(model, arguments)
+    report = opened.report or Report()
+    linking = time.perf_counter()
+    files = opened.module.save(output, emit=kinds)
+    report.phases["link"] = time.perf_counter() - linking
+    if as_json:
+        print_json("compile", _content(report, files, time.perf_counter() - start))
+        return
+    if time_passes:
+        rows = [(name, seconds_text(seconds)) for name, seconds in report.passes]
+        print_table("Passes", [("pass", "left"), ("time", "right")], rows)
+    if why is not None:
+        _print_why(report, why)
+    _print_summary(report, files)
+    click.echo(f"PASSED in {seconds_text(time.perf_counter() - start)}")
+
+
+def _content(report: Report, files: list[Path], seconds: float) -> dict[str, Any]:
+    return {
+        "files": {str(file): file.stat().st_size for file in files},
+        "phases": report.phases,
+        "passes": [{"pass": name, "seconds": taken} for name, taken in report.passes],
+        "kernels": report.kernels,
+        "kernels_compiled": report.kernels_compiled,
+        "arena_bytes": report.arena_bytes,
+        "weight_bytes": report.weight_bytes,
+        "seconds": seconds,
+    }
+
+
+def _print_summary(report: Report, files: list[Path]) -> None:
+    phases = ", ".join(f"{name} {seconds_text(seconds)}" for name, seconds in report.phases.items())
+    click.echo(f"phases   {phases}")
+    click.echo(f"kernels  {report.kernels}, {report.kernels_compiled} of them compiled, the rest from the cache")
+    click.echo(f"memory   {format_bytes(report.arena_bytes)} arena, {format_bytes(report.weight_bytes)} weights")
+    for file in files:
+        click.echo(f"wrote    {file} ({format_bytes(file.stat().st_size)})")
+
+
+def _print_why(report: Report, rule: str) -> None:
+    fired = [f for f in report.rewrites.fired if f.rule == rule]
+    missed = [m for m in report.rewrites.missed if m.rule == rule]
+    click.echo(f"rule {rule}: applied {len(fired)} times, nearly applied {len(missed)} times")
+    for firing in fired:
+        click.echo(f"  applied at {', '.join(sorted(firing.loc)) or '?'}: {firing.before} -> {firing.after}")
+    for near in missed:
+        click.echo(f"  not at {', '.join(sorted(near.loc)) or '?'}: {near.reason}")

@@ -1,0 +1,82 @@
+"""`cnnc doctor`: what this machine has, what is missing, and the command that mends it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import click
+
+from cnnc.cli.report import print_json, print_table
+from cnnc.target import Target, cpu_model_name
+
+_PINNED = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
+_NEEDED = ("llvmlite", "onnx", "numpy", "networkx", "protobuf", "safetensors", "pillow")
+_OPTIONAL = ("onnxruntime",)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; `cure` is empty where all is well."""
+
+    what: str
+    found: str
+    cure: str = ""
+    fatal: bool = False
+
+
+@click.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def command(as_json: bool) -> int:
+    """Check the tools and libraries that cnnc needs; exit 6 if one is missing."""
+    findings = [*_packages(), _compiler(), _cpu(), _cache()]
+    broken = any(f.cure and f.fatal for f in findings)
+    if as_json:
+        print_json("doctor", {"healthy": not broken, "findings": [vars(f) for f in findings]})
+    else:
+        columns = [("what", "left"), ("found", "left"), ("to mend it", "left")]
+        print_table("cnnc doctor", columns, [(f.what, f.found, f.cure) for f in findings])
+        click.echo("FAILED" if broken else "PASSED")
+    return 6 if broken else 0
+
+
+def _packages() -> list[Finding]:
+    findings = [Finding("python", sys.version.split()[0])]
+    for name, wanted in _PINNED.items():
+        found = _version(name)
+        cure = "" if found == wanted else f"pip install {name}=={wanted}"
+        findings.append(Finding(name, found or "missing", cure, fatal=True))
+    for name in _NEEDED:
+        found = _version(name)
+        findings.append(Finding(name, found or "missing", "" if found else f"pip install {name}", fatal=True))
+    for name in _OPTIONAL:
+        found = _version(name)
+        findings.append(Finding(name, found or "missing (for --against)", "" if found else f"pip install {name}"))
+    return findings
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _compiler() -> Finding:
+    found = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    cure = "" if found else "apt-get install gcc (links the binaries)"
+    return Finding("C compiler", found or "missing", cure, fatal=True)
+
+
+def _cpu() -> Finding:
+    target = Target.parse("cpu")
+    vectors = f"{target.vector_bytes * 8}-bit vectors, {target.caches.l2 >> 10} KiB L2"
+    return Finding("CPU", f"{cpu_model_name()} ({target}, {vectors})")
+
+
+def _cache() -> Finding:
+    from cnnc.backends.cache import KernelCache
+
+    return Finding("kernel cache", str(KernelCache().folder))

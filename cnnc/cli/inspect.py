@@ -1,0 +1,110 @@
+"""`cnnc inspect`: what is in a model or a binary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from cnnc.cli.arguments import compile_options, options_of
+from cnnc.cli.report import print_json, print_table
+from cnnc.driver import load, load_graph
+from cnnc.ir.graph import Graph
+from cnnc.ir.text import print_graph
+from cnnc.ir.view import to_dot
+from cnnc.module import Module
+from cnnc.options import format_bytes
+
+
+@click.command("inspect")
+@click.argument("model")
+@click.option(
+    "--format", "form", type=click.Choice(["table", "text", "dot", "json"]), default="table", show_default=True
+)
+@compile_options
+def command(model: str, form: str, **arguments: Any) -> None:
+    """Show the layers, shapes, parameters and multiply-adds of MODEL, or the kernels of a binary."""
+    if model.endswith(".so"):
+        _show_binary(load(model), model, form)
+        return
+    graph = load_graph(model, options_of(arguments))
+    if form == "text":
+        click.echo(print_graph(graph), nl=False)
+    elif form == "dot":
+        click.echo(to_dot(graph), nl=False)
+    elif form == "json":
+        print_json("inspect", {"model": model, **_describe(graph)})
+    else:
+        _print_graph(graph)
+
+
+def _describe(graph: Graph) -> dict[str, Any]:
+    layers = [
+        {
+            "operator": node.op.name,
+            "layers": sorted(node.loc),
+            "outputs": [str(t) for t in node.types],
+            "parameters": _parameters(node.inputs),
+            "flops": node.op.flops(*(v.type for v in node.inputs)),
+        }
+        for node in graph.nodes
+        if node.inputs
+    ]
+    return {
+        "name": graph.name,
+        "inputs": {n: str(v.type) for n, v in zip(graph.input_names, graph.inputs, strict=True)},
+        "outputs": {n: str(v.type) for n, v in zip(graph.output_names, graph.outputs, strict=True)},
+        "parameters": sum(n.types[0].elements for n in graph.nodes if n.op.name == "constant"),
+        "flops": sum(layer["flops"] for layer in layers),  # type: ignore[misc]
+        "layers": layers,
+    }
+
+
+def _parameters(inputs: Any) -> int:
+    return sum(v.type.elements for v in inputs if v.op.name == "constant")
+
+
+def _print_graph(graph: Graph) -> None:
+    described = _describe(graph)
+    rows = [
+        (
+            i,
+            layer["operator"],
+            ", ".join(layer["outputs"]),
+            f"{layer['parameters']:,}",
+            f"{layer['flops']:,}",
+            ", ".join(layer["layers"]),
+        )
+        for i, layer in enumerate(described["layers"])
+    ]
+    columns = [("#", "right"), ("operator", "left"), ("output", "left"), ("parameters", "right"), ("flops", "right")]
+    print_table(str(described["name"]), [*columns, ("layer", "left")], rows)
+    for kind in ("inputs", "outputs"):
+        for name, type_ in described[kind].items():
+            click.echo(f"{kind[:-1]:7} {name} : {type_}")
+    click.echo(f"{described['parameters']:,} parameters, {described['flops'] / 2e9:.3f} G multiply-adds")
+
+
+def _show_binary(module: Module, path: str, form: str) -> None:
+    ports = {
+        kind: {p.name: f"{p.dtype}{list(p.shape)}" for p in values}
+        for kind, values in (("inputs", module.inputs), ("outputs", module.outputs))
+    }
+    kernels = [
+        {"symbol": k.symbol, "layers": list(k.layers), "flops": k.flops, "bytes": k.bytes, "schedule": k.schedule}
+        for k in module.kernels
+    ]
+    if form == "json":
+        print_json("inspect", {"binary": path, "meta": module.meta, **ports, "kernels": kernels})
+        return
+    rows = [
+        (i, k["schedule"], f"{k['flops']:,}", format_bytes(int(k["bytes"])), ", ".join(k["layers"]))
+        for i, k in enumerate(kernels)
+    ]
+    columns = [("#", "right"), ("schedule", "left"), ("flops", "right"), ("bytes", "right"), ("layers", "left")]
+    print_table(path, columns, rows)
+    for kind, values in ports.items():
+        for name, text in values.items():
+            click.echo(f"{kind[:-1]:7} {name} : {text}")
+    for key, value in module.meta.items():
+        click.echo(f"{key:7} {value}")

@@ -1,0 +1,39 @@
+"""`cnnc opt`: passes on IR text, text out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from cnnc.cli.arguments import compile_options, options_of
+from cnnc.driver import load_graph
+from cnnc.ir.text import print_graph
+from cnnc.target import Target
+
+
+@click.command("opt")
+@click.argument("model", required=False)
+@click.option("--list-passes", is_flag=True, help="Print the names of all passes.")
+@click.option("--print-after-each", is_flag=True, help="Print the IR after each pass, not only at the end.")
+@compile_options
+def command(model: str | None, list_passes: bool, print_after_each: bool, **arguments: Any) -> None:
+    """Run passes on MODEL (net.ir, net.onnx, file.py:network) and print the IR."""
+    from cnnc.backends.cpu.templates import TEMPLATES
+    from cnnc.passes.pipeline import PASSES, pipeline, run_pipeline
+
+    if list_passes:
+        for name in PASSES:
+            click.echo(name)
+        return
+    if model is None:
+        raise click.UsageError("name a model, or use --list-passes")
+    options = options_of(arguments)
+    graph = load_graph(model, options)
+    target = Target.parse(options.target)
+    for step in pipeline(options.level, TEMPLATES, options.passes):
+        graph = run_pipeline(graph, target, [step])
+        if print_after_each:
+            click.echo(f"; after {step.name}\n{print_graph(graph)}")
+    if not print_after_each:
+        click.echo(print_graph(graph), nl=False)

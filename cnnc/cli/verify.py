@@ -1,0 +1,65 @@
+"""`cnnc verify`: the compiled network against a reference that shares no code with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import numpy as np
+
+from cnnc.cli.arguments import compile_options, open_model, options_of, threads_option
+from cnnc.cli.inputs import input_options, read_inputs
+from cnnc.cli.report import print_json, print_table
+from cnnc.driver import load_graph
+from cnnc.errors import UsageError
+from cnnc.ir.interp import evaluate
+from cnnc.profiler.accuracy import relative_error
+from cnnc.profiler.engines import Runner, onnxruntime_runner
+
+
+@click.command("verify")
+@click.argument("model")
+@click.argument("binary", required=False)
+@input_options
+@click.option("--against", default="numpy", show_default=True, help="numpy (in float64), onnxruntime, or both.")
+@click.option("--tolerance", type=float, default=1e-4, show_default=True, help="Relative L2 error that still agrees.")
+@threads_option
+@compile_options
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def command(model: str, binary: str | None, against: str, tolerance: float, as_json: bool, **arguments: Any) -> int:
+    """Compare MODEL compiled (or BINARY made of it) with references; exit 1 if an output differs."""
+    module = open_model(binary or model, arguments).module
+    feeds = read_inputs(module.inputs, arguments)
+    got = module.run(feeds)
+    rows = []
+    for name in against.split(","):
+        wanted = _reference(name, model, arguments)(feeds)
+        rows += [(name, output, relative_error(got[output], wanted[output])) for output in got]
+    passed = all(error <= tolerance for _, _, error in rows)
+    if as_json:
+        results = [{"against": name, "output": output, "relative_l2": error} for name, output, error in rows]
+        print_json("verify", {"model": model, "tolerance": tolerance, "passed": passed, "results": results})
+    else:
+        table = [
+            (name, output, f"{error:.2e}", "agrees" if error <= tolerance else "DIFFERS")
+            for name, output, error in rows
+        ]
+        columns = [("against", "left"), ("output", "left"), ("relative L2 error", "right"), ("verdict", "left")]
+        print_table(f"{model}, tolerance {tolerance:.0e}", columns, table)
+        click.echo("PASSED" if passed else "FAILED")
+    return int(not passed)
+
+
+def _reference(name: str, model: str, arguments: dict[str, Any]) -> Runner:
+    if model.endswith(".so"):
+        raise UsageError("verify needs the model itself; write cnnc verify MODEL BINARY")
+    if name == "onnxruntime":
+        return onnxruntime_runner(model, 1, optimise=False)
+    if name == "numpy":
+        graph = load_graph(model, options_of(arguments))
+
+        def run(feeds: Any) -> dict[str, np.ndarray]:
+            return evaluate(graph, feeds, precise=True)
+
+        return run
+    raise UsageError(f"--against {name!r} is not known; use numpy or onnxruntime")
