@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections.abc import Callable
+from typing import Any
 
 from cnnc.target import Target
 
@@ -22,13 +24,13 @@ def measure_fma_peak() -> float:
     return 2 * target.vector_lanes * _CHAINS * _ITERATIONS / best
 
 
-def _timed(function: object) -> float:
+def _timed(function: Callable[[int], float]) -> float:
     start = time.perf_counter()
-    function(_ITERATIONS)  # type: ignore[operator]
+    function(_ITERATIONS)
     return time.perf_counter() - start
 
 
-def _compile(target: Target) -> object:
+def _compile(target: Target) -> Any:
     """Build `float fma_loop(int64 n)`: n rounds over 12 chains, enough to hide the latency of two FMA units."""
     import llvmlite.binding as llvm
     from llvmlite import ir
@@ -45,7 +47,8 @@ def _compile(target: Target) -> object:
     index = builder.phi(counter)
     index.add_incoming(counter(0), entry)
     factor = ir.Constant(vector, [0.999] * target.vector_lanes)
-    fma = module.declare_intrinsic("llvm.fma", [vector])
+    intrinsic = f"llvm.fma.v{target.vector_lanes}f32"
+    fma = ir.Function(module, ir.FunctionType(vector, [vector] * 3), intrinsic)
     sums = []
     for chain in range(_CHAINS):
         phi = builder.phi(vector)
@@ -66,7 +69,7 @@ def _compile(target: Target) -> object:
     return _engine(llvm.parse_assembly(str(module)), machine)
 
 
-def _engine(module: object, machine: object) -> object:
+def _engine(module: Any, machine: Any) -> Any:
     import llvmlite.binding as llvm
 
     engine = llvm.create_mcjit_compiler(module, machine)
