@@ -192,7 +192,7 @@ def _import(source: Source, options: Options) -> Graph:
 
 
 def _import_path(path: str, options: Options) -> Graph:
-    file, _, network = path.rpartition(":")
+    file, _, _ = path.rpartition(":")
     if file.endswith(".py"):
         from cnnc.frontends.dsl import load_network
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 import click
+import numpy as np
 
 from cnnc.cli.arguments import compile_options, open_model
 from cnnc.cli.inputs import input_options, read_inputs
@@ -19,6 +20,7 @@ from cnnc.options import format_bytes
 from cnnc.profiler.accuracy import relative_error
 from cnnc.profiler.engines import Runner, onnxruntime_runner
 from cnnc.profiler.latency import Latency, measure
+from cnnc.target import cpu_model_name
 
 
 @click.command("bench")
@@ -42,13 +44,15 @@ def command(
         module = opened.module.with_threads(count)
         runners = _runners(module, model, against, count)
         wanted = module.run(feeds)
-        errors = {
-            name: max(relative_error(run(feeds)[o], y) for o, y in wanted.items()) for name, run in runners.items()
-        }
+        errors = {name: _difference(run(feeds), wanted) for name, run in runners.items()}
         calls: dict[str, Callable[[], object]] = {name: _bound(run, feeds) for name, run in runners.items()}
         for name, latency in measure(calls, warmup_ms / 1000, duration).items():
             results.append((count, name, latency, errors[name]))
-    machine = {"cpu": _cpu_name(), "system": platform.platform(), "target": opened.module.meta["options"]["target"]}
+    machine = {
+        "cpu": cpu_model_name(),
+        "system": platform.platform(),
+        "target": opened.module.meta["options"]["target"],
+    }
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if as_json:
         rows = [{"threads": c, "engine": n, **asdict(lat), "difference": e} for c, n, lat, e in results]
@@ -64,6 +68,10 @@ def _runners(module: Module, model: str, against: str | None, threads: int) -> d
             raise UsageError(f"--against {name!r} is not known; use onnxruntime")
         runners[name] = onnxruntime_runner(model, threads)
     return runners
+
+
+def _difference(got: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> float:
+    return max(relative_error(got[name], array) for name, array in wanted.items())
 
 
 def _bound(run: Runner, feeds: dict[str, Any]) -> Callable[[], object]:
@@ -94,9 +102,3 @@ def _parse_threads(text: str) -> list[int]:
     if not counts or min(counts) < 1:
         raise UsageError(f"--threads {text!r} cannot be read; write counts, as 1,2")
     return counts
-
-
-def _cpu_name() -> str:
-    from cnnc.target import cpu_model_name
-
-    return cpu_model_name()

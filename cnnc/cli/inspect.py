@@ -55,7 +55,7 @@ def _describe(graph: Graph) -> dict[str, Any]:
         "inputs": {n: str(v.type) for n, v in zip(graph.input_names, graph.inputs, strict=True)},
         "outputs": {n: str(v.type) for n, v in zip(graph.output_names, graph.outputs, strict=True)},
         "parameters": sum(n.types[0].elements for n in graph.nodes if n.op.name == "constant"),
-        "flops": sum(layer["flops"] for layer in layers),  # type: ignore[misc]
+        "flops": sum(layer["flops"] for layer in layers),
         "layers": layers,
     }
 
@@ -67,15 +67,9 @@ def _parameters(inputs: Any) -> int:
 def _print_graph(graph: Graph) -> None:
     described = _describe(graph)
     rows = [
-        (
-            i,
-            layer["operator"],
-            ", ".join(layer["outputs"]),
-            f"{layer['parameters']:,}",
-            f"{layer['flops']:,}",
-            ", ".join(layer["layers"]),
-        )
+        (i, layer["operator"], ", ".join(layer["outputs"]), f"{layer['parameters']:,}", f"{layer['flops']:,}", names)
         for i, layer in enumerate(described["layers"])
+        for names in [", ".join(layer["layers"])]
     ]
     columns = [("#", "right"), ("operator", "left"), ("output", "left"), ("parameters", "right"), ("flops", "right")]
     print_table(str(described["name"]), [*columns, ("layer", "left")], rows)

@@ -40,10 +40,7 @@ def command(model: str, binary: str | None, against: str, tolerance: float, as_j
         results = [{"against": name, "output": output, "relative_l2": error} for name, output, error in rows]
         print_json("verify", {"model": model, "tolerance": tolerance, "passed": passed, "results": results})
     else:
-        table = [
-            (name, output, f"{error:.2e}", "agrees" if error <= tolerance else "DIFFERS")
-            for name, output, error in rows
-        ]
+        table = [(*pair, f"{error:.2e}", "agrees" if error <= tolerance else "DIFFERS") for *pair, error in rows]
         columns = [("against", "left"), ("output", "left"), ("relative L2 error", "right"), ("verdict", "left")]
         print_table(f"{model}, tolerance {tolerance:.0e}", columns, table)
         click.echo("PASSED" if passed else "FAILED")
