@@ -16,7 +16,7 @@ def integers(array: Any) -> list[int]:
 
 
 def normal_axis(name: str, axis: int, rank: int) -> int:
-    """Give an axis in [0, rank), negative ones counted from the end; raises `ShapeError`, naming the operator, for one outside [-rank, rank)."""
+    """Give an axis in [0, rank), negative ones counted from the end; raises `ShapeError` outside [-rank, rank)."""
     if not -rank <= axis < rank:
         raise ShapeError(f"{name}: axis {axis} is outside [{-rank}, {rank - 1}], the axes of a tensor of rank {rank}")
     return int(axis) % rank
