@@ -10,7 +10,7 @@ from cnnc.errors import EnvironmentProblem, UsageError
 
 if TYPE_CHECKING:
     from cnnc.backends.cpu.build import Build
-    from cnnc.module import Model
+    from cnnc.backends.host.library import LoadedModel
 
 KINDS = ("so", "header", "exe", "obj", "ir")
 """What `--emit` may ask for."""
@@ -84,7 +84,7 @@ def _write_ir(build: Build, path: Path) -> None:
     publish(path, print_graph(build.graph).encode())
 
 
-def open_checked(path: Path) -> Model:
+def open_checked(path: Path) -> LoadedModel:
     """Open a binary after its digest is found right; raises `CheckFailed` otherwise."""
     from cnnc.backends.host.library import SharedModel
 

@@ -8,52 +8,21 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cnnc.errors import UsageError
-from cnnc.ir.types import DType, format_shape
 
 if TYPE_CHECKING:
     from cnnc.backends.cpu.build import Build
+    from cnnc.backends.host.library import Context, KernelInfo, LoadedModel
     from cnnc.backends.host.program import Port
 
 
-class Context(Protocol):
-    """One thread's way into a loaded model: its own arena and thread pool."""
-
-    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Run once."""
-
-    def profile(self, on: bool) -> None:
-        """Switch the kernels' clocks."""
-
-    def kernel_times(self) -> Sequence[tuple[int, int]]:
-        """Give (nanoseconds, calls) of each kernel since the clocks were switched on."""
-
-    def close(self) -> None:
-        """Give the arena and the threads back."""
-
-
-class Model(Protocol):
-    """A loaded model, from a shared library or in process."""
-
-    inputs: Sequence[Port]
-    outputs: Sequence[Port]
-    meta: str
-
-    def create(self, threads: int) -> Context:
-        """Make a context."""
-
-    @property
-    def kernels(self) -> Sequence[Any]:
-        """Describe each kernel call."""
-
-
 @dataclass(frozen=True)
-class KernelTime:
-    """Measured time of one kernel call in the network; `layers` are the user's own names."""
+class KernelTiming:
+    """Mean time of one kernel call in the network; `layers` are the user's own names."""
 
     index: int
     symbol: str
@@ -72,7 +41,7 @@ class Module:
     each gets a context of its own.  numpy arrays go in without a copy where they are 64-byte aligned.
     """
 
-    def __init__(self, model: Model, *, threads: int = 1, build: Build | None = None, path: Path | None = None) -> None:
+    def __init__(self, model: LoadedModel, *, threads: int = 1, build: Build | None = None, path: Path | None = None) -> None:
         self._model = model
         self._build = build
         self._path = path
@@ -96,7 +65,7 @@ class Module:
         return found
 
     @property
-    def kernels(self) -> Sequence[Any]:
+    def kernels(self) -> Sequence[KernelInfo]:
         """The kernel calls, in order."""
         return self._model.kernels
 
@@ -127,9 +96,9 @@ class Module:
         """Give the same network run by another number of threads (weights are shared)."""
         return Module(self._model, threads=threads, build=self._build, path=self._path)
 
-    def profile(self, feeds: Mapping[str, np.ndarray], repeats: int = 20) -> list[KernelTime]:
+    def profile(self, feeds: Mapping[str, np.ndarray], repeats: int = 20) -> list[KernelTiming]:
         """Run `repeats` times with the kernels' clocks on and give the mean time of each kernel call."""
-        arrays = self._checked([feeds[port.name] for port in self.inputs])
+        arrays = [feeds[port.name] for port in self.inputs]
         context = self._context()
         context.run(arrays)
         context.profile(True)
@@ -140,10 +109,10 @@ class Module:
         finally:
             context.profile(False)
         return [
-            KernelTime(
-                index, k.symbol, tuple(k.layers), k.algorithm, k.schedule, k.flops, k.bytes, time / max(calls, 1)
+            KernelTiming(
+                index, k.symbol, k.layers, k.algorithm, k.schedule, k.flops, k.bytes, time.ns / max(time.calls, 1)
             )
-            for index, (k, (time, calls)) in enumerate(zip(self.kernels, times, strict=True))
+            for index, (k, time) in enumerate(zip(self.kernels, times, strict=True))
         ]
 
     def save(self, path: str | os.PathLike[str], *, emit: Sequence[str] = ("so", "header")) -> list[Path]:
@@ -158,20 +127,7 @@ class Module:
         return write(self._build, Path(path), emit)
 
     def _run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return self._context().run(self._checked(arrays))
-
-    def _checked(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        if len(arrays) != len(self.inputs):
-            raise UsageError(f"the network takes {len(self.inputs)} inputs, {len(arrays)} are given")
-        checked = []
-        for port, array in zip(self.inputs, arrays, strict=True):
-            array = np.asarray(array)
-            dtype = DType(port.dtype)
-            if array.shape != tuple(port.shape) or array.dtype != dtype.numpy:
-                wanted = f"{dtype}{format_shape(port.shape)}"
-                raise UsageError(f"input {port.name} is {wanted}, the array given is {array.dtype}{list(array.shape)}")
-            checked.append(np.ascontiguousarray(array).reshape(array.shape))
-        return checked
+        return self._context().run(arrays)
 
     def _context(self) -> Context:
         """Give this thread's context, made when first needed."""

@@ -20,10 +20,11 @@ from cnnc.target import Target
 def command(model: str | None, list_passes: bool, print_after_each: bool, **arguments: Any) -> None:
     """Run passes on MODEL (net.ir, net.onnx, file.py:network) and print the IR."""
     from cnnc.backends.cpu.templates import TEMPLATES
-    from cnnc.passes.pipeline import PASSES, pipeline, run_pipeline
+    from cnnc.passes.pipeline import pipeline, run_pipeline
+    from cnnc.passes.registry import PASSES
 
     if list_passes:
-        for name in PASSES:
+        for name in sorted(PASSES):
             click.echo(name)
         return
     if model is None:

@@ -12,7 +12,7 @@ import click
 from cnnc.cli.arguments import compile_options, open_model, threads_option
 from cnnc.cli.inputs import input_options, read_inputs
 from cnnc.cli.report import print_json, print_table, seconds_text
-from cnnc.module import KernelTime, Module
+from cnnc.module import KernelTiming, Module
 from cnnc.profiler.roofline import Roofline, machine_roofline
 
 _SHOWN_LAYERS = 4
@@ -53,12 +53,12 @@ def _wall_nanoseconds(module: Module, feeds: dict[str, Any], repeats: int) -> fl
     return sum(seconds) / len(seconds)
 
 
-def _efficiency(kernel: KernelTime, roofline: Roofline) -> float:
+def _efficiency(kernel: KernelTiming, roofline: Roofline) -> float:
     """Give the share of the roofline of one thread that the kernel reaches."""
     return roofline.attainable(kernel.flops, kernel.bytes) / (kernel.nanoseconds * 1e-9)
 
 
-def _print(times: Sequence[KernelTime], wall: float, roofline: Roofline, threads: int) -> None:
+def _print(times: Sequence[KernelTiming], wall: float, roofline: Roofline, threads: int) -> None:
     columns = [("#", "right"), ("time", "right"), ("share", "right"), ("GFLOP/s", "right"), ("GB/s", "right")]
     columns += [("roofline", "right"), ("algorithm", "left"), ("layers", "left")]
     rows = []
@@ -89,7 +89,7 @@ def _print(times: Sequence[KernelTime], wall: float, roofline: Roofline, threads
     )
 
 
-def _layers(kernel: KernelTime) -> str:
+def _layers(kernel: KernelTiming) -> str:
     shown = ", ".join(kernel.layers[:_SHOWN_LAYERS])
     rest = len(kernel.layers) - _SHOWN_LAYERS
     return shown + (f", +{rest} more" if rest > 0 else "")
