@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +28,8 @@ _LINK_FLAGS = (
 )
 _LIBRARIES = ("-lm", "-lpthread")
 
-# The last 64 bytes of a binary: a mark, the size before it, and the SHA-256 of everything before it.
-_TRAILER = struct.Struct("<16sQ8x32s")
+# The last 56 bytes of a binary: a mark, the size before it, and the SHA-256 of everything before it.
+_TRAILER = struct.Struct("<16sQ32s")
 _MARK = b"cnnc-sha256-v1\0\0"
 
 # `.incbin` takes the weights as they are; page-aligned and read only, so they are mapped and shared, never copied.
@@ -82,7 +83,10 @@ def build_object(program: Program, objects: Sequence[bytes], path: str | os.Path
 
 def check_binary(descriptor: int) -> None:
     """Raise CheckFailed unless the open file is a whole binary of ours, bit for bit as it was written."""
-    size = os.fstat(descriptor).st_size
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckFailed("not a file")
+    size = status.st_size
     if size < _TRAILER.size:
         raise CheckFailed(f"not a cnnc binary, or cut: only {size} bytes")
     mark, length, digest = _TRAILER.unpack(os.pread(descriptor, _TRAILER.size, size - _TRAILER.size))

@@ -22,9 +22,9 @@ def published(path: Path, mode: int = 0o644) -> Iterator[Path]:
     Raises EnvironmentProblem when the folder or disk does not allow it; the old file is then as it was.
     """
     path = Path(os.path.abspath(path))
-    if path.is_dir():
-        raise EnvironmentProblem(f"cannot write {path}: it is a folder; name a file")
     try:
+        if path.is_dir():
+            raise EnvironmentProblem(f"cannot write {path}: it is a folder; name a file")
         _sweep(path.parent)
         with _locked_folder(path.parent) as folder:
             temporary = folder / "out"

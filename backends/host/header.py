@@ -1,0 +1,150 @@
+"""The C header of a compiled model, for C99 and C++."""
+
+from __future__ import annotations
+
+import re
+
+from cnnc.backends.host.program import DTYPES, Port, Program
+
+_TEMPLATE = """\
+/* {title}, compiled by cnnc.
+ *
+{ports}
+ *
+ * Link with the shared library, or with the object and -lm -lpthread.  A context is used by one thread at a time;
+ * each thread that wants to run the model creates its own.  Weights are shared between contexts.
+ * Tensors are dense and row-major.  Data aligned to 64 bytes is used in place, other data is copied.
+ */
+#ifndef {guard}
+#define {guard}
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {{
+#endif
+
+#define {p}_ABI_VERSION 1
+#define {p}_INPUT_COUNT {input_count}
+#define {p}_OUTPUT_COUNT {output_count}
+{sizes}
+/* What the functions return; code / 100 is the class: 2 wrong call, 3 invalid data, 5 limit, 6 environment,
+ * 7 self-check, 70 bug. */
+enum {p}_error {{
+  {p}_OK = 0,
+  {p}_ERROR_NULL = 201,         /* a pointer is null */
+  {p}_ERROR_THREADS = 202,      /* threads is not 0 to 1024 */
+  {p}_ERROR_CONTEXT = 203,      /* destroyed, or not a context of this model */
+  {p}_ERROR_BUSY = 204,         /* another thread is using the context */
+  {p}_ERROR_OVERLAP = 205,      /* two outputs overlap */
+  {p}_ERROR_VALUE = 301,        /* an index or size computed at run time is out of range */
+  {p}_ERROR_TOO_MANY = 501,     /* 1024 contexts are alive */
+  {p}_ERROR_MEMORY = 601,       /* not enough memory */
+  {p}_ERROR_START_THREAD = 602, /* a thread cannot be started */
+  {p}_ERROR_CPU = 701,          /* the CPU lacks a feature; the error text names it */
+  {p}_ERROR_KERNEL = 7001       /* a bug of cnnc */
+}};
+
+enum {p}_dtype {{
+{dtypes}
+}};
+
+typedef struct {p}_context {p}_context;
+
+typedef struct {p}_tensor_info {{
+  const char *name; /* as in the model */
+  int32_t dtype;    /* enum {p}_dtype */
+  int32_t rank;
+  const int64_t *dims;
+  uint64_t bytes;
+}} {p}_tensor_info;
+
+typedef struct {p}_kernel_info {{
+  const char *symbol;
+  const char *const *layers; /* the model's layers this kernel computes */
+  int32_t layer_count;
+  int32_t slices;
+  uint64_t flops; /* of one run */
+  uint64_t bytes;
+  const char *algorithm;
+  const char *schedule;
+}} {p}_kernel_info;
+
+/* Makes a context; threads = 0 takes as many as the process may use. */
+int {p}_create(int threads, {p}_context **context);
+
+/* Reads the inputs and writes the outputs, in the order of {p}_input and {p}_output.  The result does
+ * not depend on the number of threads.  After ERROR_VALUE and ERROR_KERNEL the outputs hold nothing of use, after any
+ * other error they are as before; the context can be used again. */
+int {p}_run({p}_context *context, const void *const *inputs, void *const *outputs);
+
+/* Frees a context; null is allowed. */
+int {p}_destroy({p}_context *context);
+
+/* The text of an error code: never null, never to be freed. */
+const char *{p}_error_text(int code);
+
+/* Names and shapes; null if there is no such index. */
+int {p}_input_count(void);
+int {p}_output_count(void);
+const {p}_tensor_info *{p}_input(int index);
+const {p}_tensor_info *{p}_output(int index);
+
+/* The threads a context runs with; 0 if it is not a context or is busy. */
+int {p}_threads({p}_context *context);
+
+/* Switches the clocks of the kernels on, from zero, or off. */
+int {p}_profile({p}_context *context, int on);
+int {p}_kernel_count(void);
+const {p}_kernel_info *{p}_kernel(int index);
+
+/* Nanoseconds spent in a kernel since the clocks were switched on; *calls (may be null) gets how often it ran. */
+uint64_t {p}_kernel_ns({p}_context *context, int index, uint64_t *calls);
+
+/* Facts about the model and how it was compiled, as JSON. */
+const char *{p}_meta(void);
+
+/* The version of this interface: equal to {p}_ABI_VERSION if header and library fit. */
+int {p}_abi_version(void);
+
+#ifdef __cplusplus
+}}
+#endif
+
+#endif
+"""
+
+
+def emit_header(program: Program) -> str:
+    """Return the text of the header; names from the model appear in comments only, reduced to harmless characters."""
+    prefix = program.prefix
+    ports = [f"input {i}: {_comment(port)}" for i, port in enumerate(program.inputs)]
+    ports += [f"output {i}: {_comment(port)}" for i, port in enumerate(program.outputs)]
+    sizes = [_size(prefix, "INPUT", i, port) for i, port in enumerate(program.inputs)]
+    sizes += [_size(prefix, "OUTPUT", i, port) for i, port in enumerate(program.outputs)]
+    dtypes = [f"  {prefix}_{name.upper()} = {number}" for name, (number, _) in DTYPES.items()]
+    return _TEMPLATE.format(
+        p=prefix,
+        title=_harmless(program.name),
+        guard=f"CNNC_{prefix}_H",
+        ports="\n".join(f" * {line}" for line in ports) or " * no inputs, no outputs",
+        input_count=len(program.inputs),
+        output_count=len(program.outputs),
+        sizes="\n".join(sizes) + "\n" if sizes else "",
+        dtypes=",\n".join(dtypes),
+    )
+
+
+def _size(prefix: str, kind: str, index: int, port: Port) -> str:
+    return f"#define {prefix}_{kind}_{index}_BYTES {port.nbytes}"
+
+
+def _comment(port: Port) -> str:
+    shape = ",".join(map(str, port.shape))
+    return f"{_harmless(port.name)} {port.dtype}[{shape}]"
+
+
+def _harmless(name: str) -> str:
+    """Return a name fit for a C comment: no end of comment, line break, backslash or trigraph can be in it."""
+    reduced = re.sub(r"[^A-Za-z0-9_.:\-]+", "_", name, flags=re.ASCII)
+    return reduced[:100] or "_"
