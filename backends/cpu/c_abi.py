@@ -2,9 +2,9 @@
 
     f(Buffer...) { ... parallel(n) ... }  ->  int32 f(void *..., [void *scratch,] int32 lo, int32 hi)
 
-Buffers become 64-byte aligned pointers.  The outermost parallel loop runs over [lo, hi) of its n iterations, so
-that any thread pool can deal out slices.  Temporaries too large for the stack move into one scratch area, which
-the caller provides for each thread.
+Buffers become 64-byte aligned pointers.  The outermost parallel loop runs over [lo, hi) of its n iterations,
+so that any thread pool can deal out slices.  Temporaries too large for the stack move into one scratch area,
+which the caller provides for each thread.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ ALIGNMENT = 64
 """Bytes every buffer and the scratch area must be aligned to."""
 
 STACK_LIMIT = 1024
-"""Bytes from which a temporary moves from the stack to the scratch area; scope `local` (registers) always stays."""
+"""Bytes from which a temporary moves from the stack to the scratch area; scope `local` always stays."""
 
 
 @dataclass
 class Abi:
-    """What the pass found out about a kernel: the extent of [lo, hi), and bytes of scratch for each thread."""
+    """What the pass found out about a kernel: the extent of [lo, hi), and each thread's bytes of scratch."""
 
     slices: int = 1
     scratch_bytes: int = 0
@@ -61,9 +61,7 @@ def c_function(func: Any, symbol: str, noalias: bool, abi: Abi) -> Any:
     if offsets:
         body = tirx.SeqStmt([*offsets, body])
     return (
-        tirx.PrimFunc(
-            [*pointers, *([scratch] if large else []), lo, hi], body, tvm.ir.PrimType("int32"), func.attrs
-        )
+        tirx.PrimFunc([*pointers, *([scratch] if large else []), lo, hi], body, tvm.ir.PrimType("int32"), func.attrs)
         .with_attr("global_symbol", symbol)
         .with_attr("tirx.noalias", noalias)
         .with_attr("calling_conv", 1)
@@ -126,7 +124,7 @@ def _is_parallel(stmt: Any) -> bool:
 
 
 def _has_sole_parallel_loop(stmt: Any) -> bool:
-    """Tell whether all work of a function is in one parallel loop, so that slices of it are slices of the work."""
+    """Tell whether all work is in one parallel loop, so that slices of it are slices of the work."""
     if isinstance(stmt, tirx.AttrStmt):
         return _has_sole_parallel_loop(stmt.body)
     if isinstance(stmt, tirx.SeqStmt):

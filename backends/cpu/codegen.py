@@ -5,8 +5,8 @@ The function is
     int32_t symbol(void *buffer0, ..., void *scratch, int32_t lo, int32_t hi)
 
 with the PrimFunc's buffers in their order (64-byte aligned, not aliasing), `scratch` only where
-`scratch_bytes > 0`, and the outermost `parallel` loop run over [lo, hi) of its `slices` iterations.  Nothing of
-TVM is needed to call it: no runtime, no thread pool, no workspace allocator.  It always returns 0.
+`scratch_bytes > 0`, and the outermost `parallel` loop run over [lo, hi) of its `slices` iterations.  Nothing
+of TVM is needed to call it: no runtime, no thread pool, no workspace allocator.  It always returns 0.
 """
 
 from __future__ import annotations
@@ -17,46 +17,19 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from cnnc.backends.cpu.c_abi import ALIGNMENT, Abi, c_function
 from cnnc.backends.cpu.elf_symbols import read_symbols
 from cnnc.errors import VerifyError
 
-__all__ = [
-    "ALIGNMENT",
-    "CpuTarget",
-    "KernelJob",
-    "KernelObject",
-    "compile_kernel",
-    "compile_kernels",
-    "import_tvm",
-    "kernel_text",
-]
+if TYPE_CHECKING:
+    from cnnc.backends.cpu.c_abi import Abi
 
-LIBM = frozenset(
-    name + suffix
-    for name in (
-        *(
-            "acos",
-            "acosh",
-            "asin",
-            "asinh",
-            "atan",
-            "atan2",
-            "atanh",
-            "ceil",
-            "cos",
-            "cosh",
-            "erf",
-            "exp",
-            "exp2",
-        ),
-        *("exp10", "fabs", "floor", "fmod", "hypot", "ldexp", "log", "log10", "log1p", "log2", "nearbyint"),
-        *("nextafter", "pow", "rint", "round", "roundeven", "sin", "sinh", "sqrt", "tan", "tanh", "trunc"),
-    )
-    for suffix in ("", "f")
-)
+_LIBM = """
+acos acosh asin asinh atan atan2 atanh ceil cos cosh erf exp exp10 exp2 expm1 fabs floor fmod hypot ldexp log log10
+log1p log2 nearbyint nextafter pow rint round roundeven sin sincos sinh sqrt tan tanh trunc
+"""
+LIBM = frozenset(name + suffix for name in _LIBM.split() for suffix in ("", "f"))
 """libm functions a kernel may call: those without a vectorised form, and float64 (see lower/vector_math.py)."""
 
 LIBC = frozenset({"memcpy", "memmove", "memset"})
@@ -108,9 +81,7 @@ def compile_kernel(func: Any, symbol: str, target: CpuTarget, *, noalias: bool =
     return _compile(KernelJob(func, symbol, noalias), target)
 
 
-def compile_kernels(
-    jobs: Sequence[KernelJob], target: CpuTarget, threads: int | None = None
-) -> list[KernelObject]:
+def compile_kernels(jobs: Sequence[KernelJob], target: CpuTarget, threads: int | None = None) -> list[KernelObject]:
     """Compile many kernels, `threads` at a time (all cores by default); results in the order of `jobs`.
 
     TVM gives the interpreter lock back while a pass or LLVM runs, so threads are enough.
@@ -173,12 +144,14 @@ def _lower(job: KernelJob, target: CpuTarget) -> tuple[Any, Abi]:
     tvm = import_tvm()
     from tvm import s_tir, tirx
 
+    from cnnc.backends.cpu.c_abi import Abi, c_function
+    from cnnc.backends.lower import vector_math
+
+    vector_math.register()
     abi = Abi()
 
     def to_c_function(mod: Any, _ctx: Any) -> Any:
-        functions = {
-            var: c_function(func, job.symbol, job.noalias, abi) for var, func in mod.functions.items()
-        }
+        functions = {var: c_function(func, job.symbol, job.noalias, abi) for var, func in mod.functions.items()}
         return tvm.IRModule(functions)
 
     schedule, loops = s_tir.transform, tirx.transform
@@ -212,9 +185,7 @@ def _lower(job: KernelJob, target: CpuTarget) -> tuple[Any, Abi]:
         loops.LowerIntrin(),
     ]
     mod = tvm.IRModule({job.symbol: job.func.with_attr("global_symbol", job.symbol)})
-    with tvm.transform.PassContext(
-        opt_level=3, config={"s_tir.LoopPartition": {"partition_const_loop": True}}
-    ):
+    with tvm.transform.PassContext(opt_level=3, config={"s_tir.LoopPartition": {"partition_const_loop": True}}):
         mod = loops.BindTarget(_tvm_target(target))(mod)
         mod = tvm.transform.Sequential(steps)(mod)
     return mod, abi
@@ -233,11 +204,7 @@ def _check_symbols(code: bytes, symbol: str) -> None:
     """Refuse an object that lacks its function or needs more than libc and libm."""
     symbols = read_symbols(code)
     if symbol not in symbols.defined:
-        raise VerifyError(
-            f"kernel {symbol}: the object does not define it (it has {sorted(symbols.defined)})"
-        )
+        raise VerifyError(f"kernel {symbol}: the object does not define it (it has {sorted(symbols.defined)})")
     missing = symbols.undefined - LIBC - LIBM
     if missing:
-        raise VerifyError(
-            f"kernel {symbol}: the object needs {', '.join(sorted(missing))}, which no library has"
-        )
+        raise VerifyError(f"kernel {symbol}: the object needs {', '.join(sorted(missing))}, which no library has")

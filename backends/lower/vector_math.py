@@ -131,6 +131,7 @@ def register() -> None:
             continue
         tvm.get_global_func("ir.RegisterOp")(full_name, function.__doc__ or "")
         tvm.ir.Op.get(full_name).set_num_inputs(1)
+        tvm.ir.register_op_attr(full_name, "TScriptPrinterName", full_name)
         tvm.ir.register_op_attr(full_name, "TVectorizable", True)
         tvm.ir.register_op_attr(full_name, "TCallEffectKind", _PURE)
         tirx.register_intrin_lowering(full_name, "llvm", f=_lowering(function))

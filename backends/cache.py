@@ -1,0 +1,211 @@
+"""The kernel cache: compiled kernels on disk, found by the digest of everything they depend on.
+
+One entry is one file, written beside its place and renamed into it, so that a reader sees all of it or none, and
+any number of writers may race.  An entry carries a digest of itself and the key it was made for; what does not
+match, belongs to another user or is no plain file is never served.  Nothing is unpickled.
+
+The folder is `$CNNC_CACHE_DIR`, or the platform's user cache folder.  A folder that cannot be used costs time,
+never a compile: `note` then says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cnnc.backends.cpu.codegen import KernelObject
+
+_MAGIC = b"cnnc kernel 1\n"
+_DIGEST_BYTES = 32
+_KEY = re.compile(r"[0-9a-f]{64}")
+_STALE_SECONDS = 3600
+_TEMPORARY = ".new-"
+
+_log = logging.getLogger("cnnc.cache")
+
+
+@dataclass(frozen=True)
+class CacheStatus:
+    """Where the cache is, what it holds, and why it is not used (if it is not)."""
+
+    folder: Path | None
+    entries: int
+    bytes: int
+    note: str | None
+
+
+class KernelCache:
+    """Kernels by key, a SHA-256 in hex.  `folder` None keeps nothing."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder: Path | None = default_folder() if folder is None else Path(folder)
+        self._writable = True
+        self.note: str | None = None
+        self._open()
+
+    def get(self, key: str) -> KernelObject | None:
+        """Give the kernel stored under a key, or None; a damaged entry counts as absent."""
+        path = self._path(key)
+        if path is None:
+            return None
+        try:
+            data = _read_own_file(path)
+        except OSError:
+            return None
+        kernel = _decode(data, key)
+        if kernel is None:
+            _log.info("cache entry %s is damaged or from another version; it is made anew", path)
+        return kernel
+
+    def put(self, key: str, kernel: KernelObject) -> None:
+        """Store a kernel under a key; what cannot be written is left out, with a note."""
+        path = self._path(key)
+        if path is None or not self._writable:
+            return
+        try:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            _publish(path, _encode(key, kernel))
+        except OSError as error:
+            self._writable = False
+            self._say(f"kernels are not cached: {error.strerror} ({path.parent})")
+
+    def status(self) -> CacheStatus:
+        """Count the entries."""
+        sizes = [path.stat().st_size for path in self._entries()]
+        return CacheStatus(self._folder, len(sizes), sum(sizes), self.note)
+
+    def clear(self) -> int:
+        """Delete all entries and what dead writers left, and give how many entries there were."""
+        entries = list(self._entries())
+        for path in (*entries, *self._leftovers(older_than=0)):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        return len(entries)
+
+    def _open(self) -> None:
+        """Make the folder, and refuse one that others could have filled."""
+        folder = self._folder
+        if folder is None:
+            return
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            state = folder.stat()
+        except OSError as error:
+            self._refuse(f"{error.strerror} ({folder})")
+            return
+        if state.st_uid != os.geteuid():
+            self._refuse(f"{folder} belongs to another user")
+        elif state.st_mode & 0o022:
+            self._refuse(f"{folder} can be written by other users")
+        else:
+            for path in self._leftovers(older_than=_STALE_SECONDS):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+    def _refuse(self, reason: str) -> None:
+        self._folder = None
+        self._say(f"kernels are not cached: {reason}")
+
+    def _say(self, note: str) -> None:
+        self.note = note
+        _log.warning("%s", note)
+
+    def _path(self, key: str) -> Path | None:
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"cache key {key!r} is no SHA-256 in hex")
+        return None if self._folder is None else self._folder / key[:2] / key
+
+    def _files(self) -> Iterator[Path]:
+        if self._folder is not None:
+            yield from self._folder.glob("??/*")
+
+    def _entries(self) -> Iterator[Path]:
+        return (path for path in self._files() if _KEY.fullmatch(path.name))
+
+    def _leftovers(self, older_than: float) -> Iterator[Path]:
+        """Yield the temporary files of writers that did not finish."""
+        limit = time.time() - older_than
+        for path in self._files():
+            with contextlib.suppress(OSError):
+                if path.name.startswith(_TEMPORARY) and path.stat().st_mtime <= limit:
+                    yield path
+
+
+def no_cache() -> KernelCache:
+    """Give a cache that keeps nothing."""
+    cache = KernelCache.__new__(KernelCache)
+    cache._folder = None
+    cache._writable = False
+    cache.note = None
+    return cache
+
+
+def default_folder() -> Path:
+    """Give `$CNNC_CACHE_DIR/kernels`, or `kernels` in the user's cache folder."""
+    chosen = os.environ.get("CNNC_CACHE_DIR")
+    if chosen:
+        return Path(chosen) / "kernels"
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("cnnc", appauthor=False)) / "kernels"
+
+
+def _encode(key: str, kernel: KernelObject) -> bytes:
+    header = {
+        "key": key,
+        "symbol": kernel.symbol,
+        "slices": kernel.slices,
+        "scratch_bytes": kernel.scratch_bytes,
+        "code_bytes": len(kernel.code),
+    }
+    body = json.dumps(header, sort_keys=True).encode() + b"\n" + kernel.code
+    return _MAGIC + hashlib.sha256(body).digest() + body
+
+
+def _decode(data: bytes, key: str) -> KernelObject | None:
+    """Read an entry back; None unless every byte is as it was written, for this key."""
+    body = data[len(_MAGIC) + _DIGEST_BYTES :]
+    digest = data[len(_MAGIC) : len(_MAGIC) + _DIGEST_BYTES]
+    if not data.startswith(_MAGIC) or hashlib.sha256(body).digest() != digest:
+        return None
+    head, _, code = body.partition(b"\n")
+    try:
+        header = json.loads(head)
+        kernel = KernelObject(header["symbol"], code, int(header["slices"]), int(header["scratch_bytes"]))
+        whole = header["key"] == key and int(header["code_bytes"]) == len(code)
+    except (ValueError, KeyError, TypeError):
+        return None
+    return kernel if whole else None
+
+
+def _read_own_file(path: Path) -> bytes:
+    """Read a plain file of this user; OSError for a link, a pipe, or someone else's."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        state = os.fstat(descriptor)
+        if not stat.S_ISREG(state.st_mode) or state.st_uid != os.geteuid():
+            raise PermissionError(f"{path} is no file of this user")
+        return file.read()
+
+
+def _publish(path: Path, data: bytes) -> None:
+    """Write a file so that it appears whole or not at all."""
+    descriptor, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
