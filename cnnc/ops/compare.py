@@ -32,6 +32,8 @@ class Equal(_Comparison):
         return a == b
 
     def _expression(self, te: Any, dtype: DType, a: Any, b: Any) -> Any:
+        if dtype is DType.BOOL:
+            return te.logical_or(te.logical_and(a, b), te.logical_not(te.logical_or(a, b)))
         return a == b
 
 

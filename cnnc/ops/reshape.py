@@ -66,8 +66,8 @@ class Reshape(_Renumbering):
             flat = flat_index(index[head : len(y) - tail], inner_y)
             inner = []
             for axis, size in enumerate(inner_x):
-                position = te.floordiv(flat, math.prod(inner_x[axis + 1 :]))
-                inner.append(te.floormod(position, size) if axis else position)
+                stride = max(math.prod(inner_x[axis + 1 :]), 1)  # 0 where there are no elements
+                inner.append(te.floormod(te.floordiv(flat, stride), size) if size > 1 else 0)
             return te.at(xs[0], types[0], *index[:head], *inner, *index[len(y) - tail :])
 
         return [tensor(te, infer_types(self, tuple(types))[0], element, self.name)]
@@ -84,6 +84,7 @@ class Reshape(_Renumbering):
         yield Example(cls((batch, 12)), (TensorType((batch, 3, 4)),))
         yield Example(cls((batch, 2, 2, 3)), (TensorType((batch, 4, 3)),))
         yield Example(cls((3, 0)), (TensorType((0, 5)),))
+        yield Example(cls((0, 3)), (TensorType((5, 0)),))
         for dtype in (DType.F16, DType.I64, DType.BOOL):
             yield Example(cls((5, 3)), (TensorType((3, 5), dtype),))
 
