@@ -1,0 +1,201 @@
+"""Convolution in one, two or three dimensions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from cnnc.errors import ShapeError
+from cnnc.ir.build import call
+from cnnc.ir.graph import Value
+from cnnc.ir.layout import Layout
+from cnnc.ir.op import Example, ForeignNode, Kind, Op, onnx
+from cnnc.ir.types import DType, TensorType
+from cnnc.ops.blocked import channel_block, channel_layout, every, fixed, plain_only, tensor, weight_layout
+from cnnc.ops.broadcast import widen, working_dtype
+from cnnc.ops.numeric import cast_to, check_floats, check_vector, narrow
+from cnnc.ops.window import Window, read_window
+
+
+@dataclass(frozen=True)
+class Conv(Op):
+    """Slide weights over the input (cross-correlation, as in PyTorch and ONNX).
+
+    y[n,o,p] = b[o] + sum over i, k of x[n, g*I/groups + i, p*stride - pad + k*dilation] * w[o,i,k],  g the group of o
+
+    Inputs x[N,I,...], w[O,I/groups,...], optionally b[O]; pad is (begin..., end...).  `algorithm` names how it is
+    computed ("direct", "winograd", ...) and does not change what it means.
+    """
+
+    stride: tuple[int, ...]
+    pad: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    algorithm: str = "direct"
+
+    kind: ClassVar[Kind] = Kind.REDUCTION
+
+    def window(self, w: TensorType | np.ndarray) -> Window:
+        """Give the windows for these weights."""
+        kernel = w.static_shape[2:] if isinstance(w, TensorType) else w.shape[2:]
+        return Window(tuple(kernel), self.stride, self.pad, self.dilation)
+
+    def infer(self, x: TensorType, w: TensorType, b: TensorType | None = None) -> TensorType:
+        """Give [N,O,...]; raises `ShapeError` where channels, groups, windows or dtypes do not fit."""
+        check_floats(self.name, x=x, weight=w, bias=b)
+        if w.rank != x.rank or not w.is_static:
+            raise ShapeError(f"{self.name}: weight {w} must be of fixed shape and of the rank of x : {x}")
+        window = self.window(w)
+        window.check(self.name, x)
+        if self.groups < 1 or w.static_shape[0] % self.groups:
+            raise ShapeError(f"{self.name}: groups={self.groups} must divide the {w.shape[0]} output channels of {w}")
+        if x.shape[1] != w.static_shape[1] * self.groups:
+            raise ShapeError(
+                f"{self.name}: weight takes {w.static_shape[1] * self.groups} channels"
+                f" but x : {x} has {x.shape[1]} (groups={self.groups})"
+            )
+        check_vector(self.name, "bias", b, w.shape[0], "output channel")
+        return x.with_shape((x.shape[0], w.shape[0], *window.output(self.name, x.shape[2:])))
+
+    def infer_layout(self, x: TensorType, w: TensorType, b: TensorType | None = None) -> tuple[Layout | None, ...]:
+        """Take NCHW{b}c with OIHW{b}i{o}o and give NCHW{o}c; a plain x goes with OIHW{o}o or a plain weight.
+
+        With groups the blocks must divide the groups, except in a depthwise convolution, whose weights are
+        OIHW{b}o and keep the block.  The bias is plain.
+        """
+        block = channel_block(self.name, "x", x)
+        plain_only(self.name, bias=b)
+        if w.layout is None:
+            if block > 1:
+                raise ShapeError(f"{self.name}: x is in layout {x.layout} but the weight is plain")
+            return (None,)
+        depthwise = self.groups == x.shape[1] == w.shape[0]
+        out_block = w.layout.block("O")
+        wanted = weight_layout(w.rank, 1 if depthwise else block, out_block)
+        if w.layout != wanted and not (
+            block == 1 and w.layout == weight_layout(w.rank, w.layout.block("I"), out_block)
+        ):
+            raise ShapeError(f"{self.name}: for x : {x} the weight must be in layout {wanted}, not {w.layout}")
+        if depthwise:
+            if block != out_block:
+                raise ShapeError(f"{self.name}: depthwise, so x : {x} and weight {w} must have the same block")
+        elif self.groups > 1 and (w.static_shape[1] % block or w.static_shape[0] // self.groups % out_block):
+            raise ShapeError(f"{self.name}: blocks of x : {x} and weight {w} must divide the {self.groups} groups")
+        return (channel_layout(x.rank, out_block),)
+
+    def reference(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None = None) -> np.ndarray:
+        """Add up, tap by tap, the products of the weights and the shifted input."""
+        window = self.window(w)
+        output = window.output(self.name, x.shape[2:])
+        sizes = tuple(int(s) for s in output if isinstance(s, int))
+        padded = window.padded(widen(x), sizes, 0)
+        g = self.groups
+        batch, positions = x.shape[0], math.prod(sizes)
+        weights = widen(w).reshape(g, w.shape[0] // g, w.shape[1], math.prod(window.kernel))
+        total = np.zeros((batch, g, w.shape[0] // g, positions), padded.dtype)
+        for number, tap in enumerate(window.taps()):
+            seen = window.tap_view(padded, tap, sizes).reshape(batch, g, w.shape[1], positions)
+            total += np.ascontiguousarray(weights[..., number]) @ seen
+        y = total.reshape(batch, w.shape[0], *sizes)
+        if b is not None:
+            y += widen(b).reshape(-1, *(1,) * window.rank)
+        return narrow(y, x)
+
+    def compute(self, te: Any, xs: Sequence[Any], types: Sequence[TensorType]) -> Sequence[Any]:
+        """Reduce over channels of the group and taps, then add the bias."""
+        x_type, w_type = types[0], types[1]
+        out = self.infer(*types).with_layout(self.infer_layout(*types)[0])
+        window = self.window(w_type)
+        spatial, sizes = fixed(self.name, x_type.shape[2:]), fixed(self.name, out.shape[2:])
+        wide = working_dtype(out.dtype)
+        per_group = w_type.static_shape[0] // self.groups
+        ic = te.reduce_axis(w_type.static_shape[1], "ic")
+        taps = [te.reduce_axis(k, f"k{i}") for i, k in enumerate(window.kernel)]
+
+        def products(n: Any, o: Any, *p: Any) -> Any:
+            where = window.position(p, taps)
+            channel = ic if self.groups == 1 else o // per_group * w_type.static_shape[1] + ic
+            value = te.at(xs[0], x_type, n, channel, *where)
+            conditions = window.in_bounds(where, spatial, sizes)
+            if conditions:
+                value = te.where(every(te, conditions), value, te.const(0, x_type.dtype))
+            weight = te.at(xs[1], w_type, o, ic, *taps)
+            return te.sum(cast_to(te, value, out.dtype, wide) * cast_to(te, weight, out.dtype, wide), [ic, *taps])
+
+        # Weights are 0 in the pad lanes, but an infinite input makes NaN of it: `finish` puts the 0 back.
+        sums = tensor(te, out.with_dtype(wide), products, "conv", guard=False)
+        if len(xs) == 2 and wide is out.dtype and not (out.layout and out.layout.pads(out.static_shape)):
+            return [sums]
+
+        def finish(n: Any, o: Any, *p: Any) -> Any:
+            value = te.at(sums, out.with_dtype(wide), n, o, *p)
+            if len(xs) == 3:
+                value = value + cast_to(te, xs[2][o], out.dtype, wide)
+            return cast_to(te, value, wide, out.dtype)
+
+        return [tensor(te, out, finish, "conv_bias")]
+
+    def flops(self, x: TensorType, w: TensorType, b: TensorType | None = None) -> int:
+        """Count two for each multiply-add, one for each bias."""
+        elements = self.infer(x, w, b).elements
+        return elements * (2 * math.prod(w.static_shape[1:]) + (b is not None))
+
+    @classmethod
+    def examples(cls) -> Iterable[Example]:
+        """Give ordinary, odd, grouped, dilated, empty and blocked convolutions in 1, 2 and 3 dimensions."""
+        yield _example((1, 3, 9, 7), (5, 3, 3, 3), (1, 1), (1, 1, 1, 1), bias=True)
+        yield _example((2, 4, 10, 9), (6, 4, 3, 2), (2, 3), (0, 1, 2, 0))
+        yield _example((2, 6, 9, 8), (4, 3, 3, 3), (1, 2), (2, 1, 0, 3), (2, 1), groups=2, bias=True)
+        yield _example((1, 5, 6, 6), (5, 1, 3, 3), (1, 1), (1, 1, 1, 1), groups=5, bias=True)
+        yield _example((1, 3, 6, 6), (6, 1, 5, 5), (2, 2), (2, 2, 2, 2), groups=3)
+        yield _example((2, 7, 5, 5), (3, 7, 1, 1), (1, 1), (0, 0, 0, 0), bias=True)
+        yield _example((1, 2, 4, 4), (3, 2, 2, 2), (1, 1), (3, 0, 4, 5))
+        yield _example((2, 3, 17), (4, 3, 5), (2,), (1, 3), (2,), bias=True)
+        yield _example((1, 2, 5, 6, 4), (3, 2, 2, 3, 3), (1, 2, 1), (0, 1, 1, 1, 0, 1), bias=True)
+        yield _example((0, 3, 5, 5), (2, 3, 3, 3), (1, 1), (0, 0, 0, 0), bias=True)
+        yield _example((1, 0, 5, 5), (2, 0, 3, 3), (1, 1), (0, 0, 0, 0), bias=True)
+        for dtype in (DType.F64, DType.F16):
+            yield _example((1, 4, 6, 5), (3, 4, 3, 3), (1, 1), (1, 0, 1, 0), bias=True, dtype=dtype)
+        yield _example((2, 6, 7, 6), (10, 6, 3, 3), (2, 1), (1, 1, 1, 1), bias=True, blocks=(4, 8))
+        yield _example((1, 3, 8, 8), (9, 3, 3, 3), (2, 2), (1, 1, 1, 1), bias=True, blocks=(1, 8))
+        yield _example((1, 6, 6, 6), (6, 1, 3, 3), (1, 1), (1, 1, 1, 1), groups=6, bias=True, blocks=(4, 4))
+        yield _example((1, 8, 6, 6), (16, 4, 3, 3), (1, 1), (1, 0, 0, 1), groups=2, blocks=(4, 8))
+        yield _example((2, 5, 11), (7, 5, 3), (1,), (1, 1), blocks=(4, 4))
+
+
+def _example(
+    x: tuple[int, ...],
+    w: tuple[int, ...],
+    stride: tuple[int, ...],
+    pad: tuple[int, ...],
+    dilation: tuple[int, ...] = (),
+    groups: int = 1,
+    bias: bool = False,
+    dtype: DType = DType.F32,
+    blocks: tuple[int, int] = (1, 1),
+) -> Example:
+    """Make an example; `blocks` are the channel blocks of the input and the output."""
+    op = Conv(stride, pad, dilation or (1,) * len(stride), groups)
+    depthwise = groups == x[1] == w[0]
+    layout = weight_layout(len(w), 1 if depthwise else blocks[0], blocks[1]) if blocks[1] > 1 else None
+    types = [TensorType(x, dtype, channel_layout(len(x), blocks[0])), TensorType(w, dtype, layout)]
+    return Example(op, (*types, TensorType((w[0],), dtype)) if bias else tuple(types))
+
+
+@onnx("Conv")
+def _conv(node: ForeignNode, x: Value, w: Value, b: Value | None = None) -> Value:
+    if not 3 <= len(x.shape) <= 5:
+        raise node.unsupported(f"convolution of {x.type}; one to three spatial axes are compiled")
+    if len(w.shape) != len(x.shape) or not w.type.is_static:
+        raise node.invalid(f"weight {w.type} must be of fixed shape and of the rank of X : {x.type}")
+    kernel = w.type.static_shape[2:]
+    declared = tuple(node.attr("kernel_shape", ())) or kernel
+    if declared != kernel:
+        raise node.invalid(f"kernel_shape {declared} contradicts the weight {w.type}")
+    window = read_window(node, x.shape[2:], kernel)
+    op = Conv(window.stride, window.pad, window.dilation, node.attr("group", 1))
+    return call(op, x, w) if b is None else call(op, x, w, b)

@@ -1,0 +1,8 @@
+"""Normalisation: batch, layer, RMS, instance and group norm, and division by the p-norm."""
+
+from cnnc.ops.norm.batch import BatchNorm
+from cnnc.ops.norm.layer import LayerNorm, RmsNorm
+from cnnc.ops.norm.lp import LpNormalize
+from cnnc.ops.norm.spatial import GroupNorm, InstanceNorm
+
+__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "LpNormalize", "RmsNorm"]
