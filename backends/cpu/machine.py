@@ -1,0 +1,82 @@
+"""What kernel templates know of a CPU: vector registers, caches, and the rates the cost models count with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+__all__ = ["AVX2", "AVX512", "Machine"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One core of a CPU and how many there are; sizes in bytes, rates per clock cycle of one core.
+
+    `lanes` is the number of float32 in a vector register, which is also the channel block of NCHWc layouts.
+    """
+
+    lanes: int
+    registers: int
+    l1: int = 32 << 10
+    l2: int = 1 << 20
+    threads: int = 1
+    hertz: float = 3e9
+    fma_ports: int = 2
+    fma_latency: int = 4
+    loads: float = 2.0
+    """Vector loads (or broadcasts) from L1."""
+    l2_bytes: float = 24.0
+    """Bytes that flow from L2 into L1 while the core computes."""
+    memory_bytes: float = 8.0
+    """Bytes that flow from beyond L2, as one core streams."""
+
+    @property
+    def flops(self) -> float:
+        """Peak float32 operations a second of one core (a multiply-add is 2)."""
+        return 2.0 * self.lanes * self.fma_ports * self.hertz
+
+    def fits(self, pixels: int, vectors: int) -> bool:
+        """Whether a register tile of `pixels` x `vectors` sums compiles without spills.
+
+        Beside the sums, the smaller side's operands stay in registers while the larger side's pass through one.
+        """
+        return pixels * vectors + min(pixels, vectors) + 1 <= self.registers
+
+    def tile_cycles(self, pixels: int, vectors: int) -> float:
+        """Count the cycles a register tile takes for one term of its sums: arithmetic, its latency, or loads.
+
+        A tile that takes all registers is at the mercy of LLVM's allocator, and counts for more.
+        """
+        arithmetic = pixels * vectors / self.fma_ports
+        cycles = max(arithmetic, self.fma_latency, (pixels + vectors) / self.loads)
+        full = pixels * vectors + min(pixels, vectors) + 1 == self.registers
+        return cycles * 1.06 if full else cycles
+
+    def vector_parts(self, pixels: int, group: int) -> tuple[tuple[int, int], ...]:
+        """Split a group of `group` output vectors among tiles of `pixels`: ((vectors, how many tiles), ...)."""
+        return _vector_parts(self, pixels, group)
+
+    def group_cycles(self, pixels: int, group: int) -> float:
+        """Count the cycles one term takes for all vectors of a group, split as `vector_parts` does."""
+        return sum(count * self.tile_cycles(pixels, v) for v, count in self.vector_parts(pixels, group))
+
+
+@lru_cache(4096)
+def _vector_parts(machine: Machine, pixels: int, group: int) -> tuple[tuple[int, int], ...]:
+    """Find the cheapest split; of equals the one with the fewest different tiles, as each is code of its own."""
+    fitting = [v for v in range(1, group + 1) if machine.fits(pixels, v)]
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    for size in range(1, group + 1):
+        options = [(best[size - v][0] + machine.tile_cycles(pixels, v), v) for v in fitting if v <= size]
+        options += [(size // v * machine.tile_cycles(pixels, v), v) for v in fitting if size % v == 0]
+        cycles, v = min(options, key=lambda o: (round(o[0], 6), size % o[1] != 0, o[1]))
+        parts = (v,) * (size // v) if size % v == 0 else (v, *best[size - v][1])
+        best.append((cycles, parts))
+    return tuple((v, best[group][1].count(v)) for v in sorted(set(best[group][1]), reverse=True))
+
+
+AVX2 = Machine(lanes=8, registers=16)
+"""x86-64-v3: 16 registers of 8 floats."""
+
+AVX512 = Machine(lanes=16, registers=32)
+"""x86-64-v4: 32 registers of 16 floats."""
