@@ -20,7 +20,7 @@ class Limits:
     """Size of the model file; external data is apart (see `memory`)."""
     nodes: int = 100_000
     """Nodes, those in functions and branches included, before and after functions are expanded."""
-    fields: int = 5_000_000
+    fields: int = 2_000_000
     """Protobuf fields in the file: bounds the memory and time that parsing it takes."""
     name: int = 512
     """Length of any name in the model, in UTF-8 bytes."""

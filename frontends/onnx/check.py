@@ -67,7 +67,10 @@ def check_model(model: onnx.ModelProto, limits: Limits) -> Checked:
         raise UnsupportedError(f"IR version {model.ir_version}; the installed onnx reads up to {onnx.IR_VERSION}")
     if not model.HasField("graph"):
         raise ModelError("has no graph")
-    opset = _opset(model.opset_import, "the model", required=True)
+    opset = _opset(model.opset_import, "the model")
+    if not opset and any(plain_domain(node.domain) == "" for node in all_nodes(model.graph.node)):
+        raise ModelError("the model imports no opset (opset_import is missing)")
+    opset = opset or NEWEST_OPSET
     functions = function_table(model)
     check_expansion(model.graph.node, functions, limits)
     total_bytes(_stored_tensors(model), limits)
@@ -86,17 +89,16 @@ def check_model(model: onnx.ModelProto, limits: Limits) -> Checked:
     return Checked(opset, functions)
 
 
-def _opset(imports: Iterable[onnx.OperatorSetIdProto], where: str, required: bool, default: int = 0) -> int:
+def _opset(imports: Iterable[onnx.OperatorSetIdProto], where: str) -> int:
+    """Give the version of ONNX's own operators; 0 where they are not imported."""
     versions: dict[str, int] = {}
     for entry in imports:
         domain = plain_domain(entry.domain)
         if versions.setdefault(domain, entry.version) != entry.version:
             raise ModelError(f"{where} imports two versions of domain {shown(domain)}")
-    version = versions.get("", default)
-    if not version and "" not in versions:
-        if required:
-            raise ModelError(f"{where} imports no opset (opset_import is missing)")
+    if "" not in versions:
         return 0
+    version = versions[""]
     if version < 1:
         raise ModelError(f"{where} imports opset {version}; opsets start at 1")
     if not OLDEST_OPSET <= version <= NEWEST_OPSET:
@@ -127,7 +129,7 @@ def _check_function(
     model_opset: int,
     limits: Limits,
 ) -> None:
-    opset = _opset(function.opset_import, "it", required=False) or model_opset
+    opset = _opset(function.opset_import, "it") or model_opset
     parameters = [*function.attribute, *(a.name for a in function.attribute_proto)]
     _unique(parameters, "attribute")
     for attribute in function.attribute_proto:

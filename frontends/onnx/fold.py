@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-import onnx
 from onnx.reference import ReferenceEvaluator
 
 from cnnc.errors import LimitError, ModelError, UnsupportedError
@@ -220,11 +219,7 @@ def fold_by_reference(node: OnnxNode, inputs: Sequence[Value | None]) -> list[Va
         return None
     try:
         _planned(bound(known), node.limits)
-        proto = onnx.NodeProto.FromString(node.proto.SerializeToString())
-        del proto.attribute[:]
-        proto.attribute.extend(node.attributes.values())
-        for attribute, name in zip(proto.attribute, node.attributes, strict=True):
-            attribute.name = name
+        proto = node.resolved_proto()
         outputs = ReferenceEvaluator(proto, opsets={"": node.opset}).run(
             None, {name: array for name, array in zip(proto.input, arrays, strict=True) if array is not None}
         )

@@ -25,7 +25,7 @@ from cnnc.frontends.onnx.check import Checked, check_model, reads
 from cnnc.frontends.onnx.fold import SHAPE_READERS, check_new_nodes, constant_array, fold, fold_by_reference
 from cnnc.frontends.onnx.functions import FunctionKey, function_key, plain_domain, standard_body
 from cnnc.frontends.onnx.naming import listed, node_title, shown
-from cnnc.frontends.onnx.node import OnnxNode, resolve_attributes, used_outputs
+from cnnc.frontends.onnx.node import OnnxNode, resolve_attributes, schema_defaults, used_outputs
 from cnnc.frontends.onnx.reader import ModelFile, read_model
 from cnnc.frontends.onnx.shapes import bind_inputs, check_declared, element_type, type_proto
 from cnnc.frontends.onnx.tensors import decode_tensor, tensor_title
@@ -223,7 +223,7 @@ class _Importer:
                 live |= reads(proto)
         for proto, used in reversed(needed):
             self._node(proto, used, scope)
-        return [self._lookup(name, scope) for name in outputs]
+        return [self._lookup(name, scope) if name else None for name in outputs]
 
     def _node(self, proto: onnx.NodeProto, used: int, scope: _Scope) -> None:
         name = self._name(proto, scope)
@@ -268,6 +268,7 @@ class _Importer:
             if reader is None and standard_body(proto, scope.opset, []) is None:
                 raise _no_operator(node)
             return [_LOST] * used
+        check_values(node, inputs)
         if node.op_type == "If" and node.domain == "":
             return self._branch(node, inputs, scope)
         return self._read(node, reader, inputs, scope)
@@ -290,7 +291,6 @@ class _Importer:
             raise refusal from None
 
     def _apply(self, node: OnnxNode, reader: OnnxReader, inputs: list[Value | None]) -> list[Value]:
-        check_values(node, inputs)
         try:
             with located([node.name]):
                 made = as_tuple(reader(node, *inputs))
@@ -311,12 +311,9 @@ class _Importer:
 
     def _decompose(self, node: OnnxNode, inputs: list[Value | None], scope: _Scope) -> Sequence[_Known] | None:
         """Run the definition ONNX gives for an operator; None where there is none, or it cannot be compiled either."""
-        proto = onnx.NodeProto.FromString(node.proto.SerializeToString())
-        del proto.attribute[:]
-        for name, attribute in node.attributes.items():
-            proto.attribute.add().CopyFrom(attribute)
-            proto.attribute[-1].name = name
-        body = standard_body(proto, node.opset, [None if value is None else type_proto(value.type) for value in inputs])
+        body = standard_body(
+            node.resolved_proto(), node.opset, [None if value is None else type_proto(value.type) for value in inputs]
+        )
         if body is None:
             return None
         gaps = len(self.gaps)
@@ -335,11 +332,13 @@ class _Importer:
         fixed_name: str = "",
     ) -> list[_Known]:
         opset = next((e.version for e in function.opset_import if not plain_domain(e.domain)), scope.opset)
-        attributes = {attribute.name: attribute for attribute in function.attribute_proto} | dict(node.attributes)
+        defaults = {attribute.name: attribute for attribute in function.attribute_proto}
+        attributes = defaults | dict(schema_defaults(node)) | dict(node.attributes)
         inner = _Scope(opset, None, attributes=attributes, prefix=f"{node.name}/", fixed_name=fixed_name)
         inner.values = dict.fromkeys(function.input) | dict(zip(function.input, inputs, strict=False))
         inner.fixed_name = fixed_name or scope.fixed_name
-        return self._body(function.node, list(function.output)[: node.outputs], inner)
+        wanted = [name if made else "" for name, made in zip(function.output, node.proto.output, strict=False)]
+        return self._body(function.node, wanted[: node.outputs], inner)
 
     def _branch(self, node: OnnxNode, inputs: list[Value | None], scope: _Scope) -> Sequence[_Known]:
         condition = None if inputs[0] is None else constant_array(inputs[0])

@@ -76,7 +76,7 @@ class OnnxNode:
 
     def unread(self) -> list[str]:
         """Give the attributes that are given, but were not asked for and are not at their default."""
-        defaults = _schema_defaults(self.op_type, self.opset) if self.domain == "" else {}
+        defaults = schema_defaults(self)
         names = []
         for name, attribute in self.attributes.items():
             default = defaults.get(name)
@@ -84,6 +84,15 @@ class OnnxNode:
                 continue
             names.append(name)
         return names
+
+    def resolved_proto(self) -> onnx.NodeProto:
+        """Give the node as a protobuf of its own, with its attributes' values in place of references."""
+        proto = onnx.NodeProto.FromString(self.proto.SerializeToString())
+        del proto.attribute[:]
+        for name, attribute in self.attributes.items():
+            proto.attribute.add().CopyFrom(attribute)
+            proto.attribute[-1].name = name
+        return proto
 
     def _value(self, attribute: AttributeProto) -> Any:
         kind = attribute.type
@@ -110,9 +119,10 @@ class OnnxNode:
             raise self.invalid(f"attribute {shown(name)} is not valid UTF-8") from None
 
 
-def _schema_defaults(op_type: str, opset: int) -> Mapping[str, AttributeProto]:
+def schema_defaults(node: OnnxNode) -> Mapping[str, AttributeProto]:
+    """Give the attribute values that hold for an ONNX operator where a node gives none."""
     try:
-        schema = onnx.defs.get_schema(op_type, opset, "")
+        schema = onnx.defs.get_schema(node.op_type, node.opset, node.domain)
     except onnx.defs.SchemaError:
         return {}
     return {

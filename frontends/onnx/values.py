@@ -5,6 +5,7 @@ These make a node meaningless whatever its input shapes are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -93,6 +94,30 @@ def _check_block(node: OnnxNode, inputs: Sequence[Value | None]) -> None:
         raise node.invalid(f"blocksize is {attribute.i}; it must be 1 to {node.limits.dim}")
 
 
+def _check_reshape(node: OnnxNode, inputs: Sequence[Value | None]) -> None:
+    """The target's element count must be the input's in exact arithmetic: 64-bit products wrap."""
+    if len(inputs) < 2 or inputs[0] is None or inputs[1] is None:
+        return
+    target = constant_array(inputs[1])
+    if target is None:
+        return
+    sizes = [int(size) for size in target.reshape(-1)]
+    shape = inputs[0].type.static_shape
+    text = f"{format_shape(shape)} to {format_shape(sizes)}"
+    if any(size < -1 for size in sizes) or sizes.count(-1) > 1:
+        raise node.invalid(f"cannot reshape {text}: at most one entry may be -1, none below")
+    allow_zero = node.attributes.get("allowzero")
+    if allow_zero is None or not allow_zero.i:
+        if any(size == 0 and axis >= len(shape) for axis, size in enumerate(sizes)):
+            raise node.invalid(f"cannot reshape {text}: an entry 0 copies a dimension that the input does not have")
+        sizes = [shape[axis] if size == 0 else size for axis, size in enumerate(sizes)]
+    wanted, given = math.prod(size for size in sizes if size != -1), math.prod(shape)
+    if -1 in sizes and (wanted == 0 or given % wanted):
+        raise node.invalid(f"cannot reshape {text}: {given} elements are no multiple of {wanted}")
+    if -1 not in sizes and wanted != given:
+        raise node.invalid(f"cannot reshape {text}: {given} elements are not {wanted}")
+
+
 def _check_indices(node: OnnxNode, inputs: Sequence[Value | None]) -> None:
     """Constant indices along one axis must lie in [-size, size)."""
     if len(inputs) < 2 or inputs[0] is None or inputs[1] is None:
@@ -137,6 +162,7 @@ _RULES: dict[str, Callable[[OnnxNode, Sequence[Value | None]], None]] = {
     "Mod": _check_division,
     "DepthToSpace": _check_block,
     "SpaceToDepth": _check_block,
+    "Reshape": _check_reshape,
     "Gather": _check_indices,
     "GatherElements": _check_indices,
     "ScatterElements": _check_indices,

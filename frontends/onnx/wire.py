@@ -160,6 +160,8 @@ class _Walk:
             raise ModelError(f"{self._path()}: {name} is not valid UTF-8: {text} (read as Latin-1)") from None
 
     def _varint(self, frame: _Frame, position: int) -> tuple[int, int]:
+        if position < frame.end and self.data[position] < 0x80:
+            return self.data[position], position + 1
         value = shift = 0
         while position < frame.end:
             byte = self.data[position]
