@@ -21,11 +21,10 @@ from cnnc.ir.text import print_graph
 from cnnc.ops.fused import Fused
 from cnnc.ops.source import Constant
 from cnnc.passes.plan_memory import MemoryPlan
+from cnnc.passes.views import is_view
 from cnnc.target import Target
 
 SOURCES = ("input", "constant")
-VIEWS = ("reshape",)
-"""Operators outside kernels that only rename memory."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ def _slots(graph: Graph, plan: MemoryPlan, weights: WeightBlock) -> dict[Value, 
     for node in graph.nodes:
         if isinstance(node.op, Constant):
             slots[node.values[0]] = Slot("weights", weights.place(node.op))
-        elif node.op.name in VIEWS:
+        elif is_view(node):
             slots[node.values[0]] = slots[node.inputs[0]]
         elif isinstance(node.op, Fused):
             for value in node.values:
