@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from cnnc.errors import LimitError, ModelError, UnsupportedError
 from cnnc.frontends.onnx.node import OnnxNode
 from cnnc.frontends.onnx.tensors import check_dims
-from cnnc.ir.graph import Node, Value, topological_order
+from cnnc.ir.graph import Node, Value
 from cnnc.ir.op import as_tuple
 from cnnc.ir.types import DType
 from cnnc.ops.source import Constant, constant
@@ -29,14 +29,16 @@ def constant_array(value: Value) -> np.ndarray | None:
 def check_new_nodes(results: Iterable[Value], seen: set[Node], limits: Limits) -> list[Node]:
     """Check the sizes of all nodes an operator's reader made; adds them to `seen` and gives them, inputs first."""
     made: list[Node] = []
-    stack = [value.node for value in results]
+    stack = [(value.node, False) for value in results]
     while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        made.append(node)
-        stack.extend(value.node for value in node.inputs)
+        node, expanded = stack.pop()
+        if expanded:
+            made.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((value.node, False) for value in node.inputs)
+    for node in made:
         for type_ in node.types:
             check_dims(type_.static_shape, limits)
             if type_.nbytes > limits.tensor:
@@ -49,15 +51,15 @@ def check_new_nodes(results: Iterable[Value], seen: set[Node], limits: Limits) -
 def fold(results: Sequence[Value], made: Iterable[Node], labels: Sequence[str], limits: Limits) -> list[Value]:
     """Replace results that depend on constants only by constants.
 
-    `made` are the nodes the results are made of; others count as known only if they are constants.  A result
-    larger than the folding limit stays as it is, unless it is smaller than what it is computed from.
+    `made` are the nodes the results are made of, inputs first; others count as known only if they are constants.  A
+    result larger than the folding limit stays as it is, unless it is smaller than what it is computed from.
     """
-    fresh = set(made)
     arrays: dict[Value, np.ndarray] = {}
-    for node in topological_order(value.node for value in results):
+    for node in made:
+        arrays |= {value: array for value in node.inputs if (array := constant_array(value)) is not None}
         if isinstance(node.op, Constant):
             arrays[Value(node)] = node.op.value.array
-        elif node in fresh and node.inputs and all(value in arrays for value in node.inputs):
+        elif node.inputs and all(value in arrays for value in node.inputs):
             inputs = [arrays[value] for value in node.inputs]
             planned = sum(type_.nbytes for type_ in node.types)
             if planned <= max(limits.folding, sum(array.nbytes for array in inputs)):

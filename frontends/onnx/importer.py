@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
 from importlib import import_module
 from typing import TypeAlias
 
@@ -352,6 +353,7 @@ class _Importer:
         return self._body(graph.node, [value.name for value in graph.output], self._graph_scope(graph, inner))
 
 
+@cache
 def _load_operators() -> None:
     """Import every operator family: each registers its ONNX readers."""
     for module in pkgutil.iter_modules(cnnc.ops.__path__):

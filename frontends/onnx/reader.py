@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError, EncodeError
 
 from cnnc.errors import CnncError, EnvironmentProblem, LimitError, ModelError
 from cnnc.frontends.onnx.external import ExternalFolder
-from cnnc.frontends.onnx.naming import listed, shown
+from cnnc.frontends.onnx.naming import listed
 from cnnc.frontends.onnx.wire import survey
 from cnnc.options import Limits, format_bytes
 
@@ -65,7 +65,7 @@ def read_model(source: str | os.PathLike[str] | bytes | onnx.ModelProto, limits:
     if isinstance(source, bytes):
         return _parse(source, "<model>", None, limits)
     path = Path(source)
-    label = shown(str(path))[1:-1]
+    label = repr(str(path))[1:-1]
     try:
         data = _read_file(path, limits)
     except CnncError as error:
