@@ -29,10 +29,10 @@ class Layout:
     axes: str
 
     def __post_init__(self) -> None:
-        if "".join(self._tokens()) != self.axes:
+        if "".join(self.tokens) != self.axes:
             raise ShapeError(f"layout {self.axes!r} cannot be read; write it as NCHW16c")
-        primal = [t for t in self._tokens() if t.isupper()]
-        inner = [t[-1].upper() for t in self._tokens() if not t.isupper()]
+        primal = [t for t in self.tokens if t.isupper()]
+        inner = [t[-1].upper() for t in self.tokens if not t.isupper()]
         known = all(axis in _LOGICAL_ORDER for axis in primal)
         if (
             not known
@@ -42,7 +42,9 @@ class Layout:
         ):
             raise ShapeError(f"layout {self.axes!r} names an axis twice, or one that does not exist")
 
-    def _tokens(self) -> list[str]:
+    @property
+    def tokens(self) -> list[str]:
+        """The axes in memory order, outermost first: `["N", "C", "H", "W", "16c"]`."""
         return re.findall(r"[A-Z]|[1-9]\d*[a-z]", self.axes)
 
     @property
@@ -57,7 +59,7 @@ class Layout:
 
     def block(self, axis: str) -> int:
         """Give the block size of an axis (1 when it is not split)."""
-        for token in self._tokens():
+        for token in self.tokens:
             if token[-1] == axis.lower():
                 return int(token[:-1])
         return 1
@@ -65,13 +67,13 @@ class Layout:
     def physical_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Give the shape in memory of a logical shape."""
         size = dict(zip(self.logical_axes, shape, strict=True))
-        return tuple(-(-size[t] // self.block(t)) if t.isupper() else int(t[:-1]) for t in self._tokens())
+        return tuple(-(-size[t] // self.block(t)) if t.isupper() else int(t[:-1]) for t in self.tokens)
 
     def physical_index(self, index: Sequence[Any]) -> tuple[Any, ...]:
         """Map a logical index (integers or TVM expressions) to the physical one."""
         position = dict(zip(self.logical_axes, index, strict=True))
         result = []
-        for token in self._tokens():
+        for token in self.tokens:
             block = self.block(token[-1].upper())
             value = position[token[-1].upper()]
             if not token.isupper():
@@ -85,7 +87,7 @@ class Layout:
         """Map a physical index (integers or TVM expressions) to the logical one, the inverse of `physical_index`."""
         outer: dict[str, Any] = {}
         inner: dict[str, Any] = {}
-        for token, value in zip(self._tokens(), index, strict=True):
+        for token, value in zip(self.tokens, index, strict=True):
             (outer if token.isupper() else inner)[token[-1].upper()] = value
         return tuple(outer[a] * self.block(a) + inner[a] if a in inner else outer[a] for a in self.logical_axes)
 
@@ -113,7 +115,7 @@ class Layout:
     def _split_axes(self) -> list[int]:
         """Positions of the physical axes in the array whose every axis is split in (outer, inner)."""
         order = []
-        for token in self._tokens():
+        for token in self.tokens:
             axis = self.logical_axes.index(token[-1].upper())
             order.append(2 * axis + (0 if token.isupper() else 1))
         order += [2 * i + 1 for i, axis in enumerate(self.logical_axes) if self.block(axis) == 1]

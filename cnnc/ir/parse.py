@@ -47,6 +47,15 @@ def parse_graph(text: str, weights: Mapping[str, np.ndarray] | None = None) -> G
     return graph
 
 
+def parse_attributes(text: str) -> dict[str, Any]:
+    """Read `{key=value, ...}` without tensors, as the options of passes are written; raises `ModelError`."""
+    parser = _Parser(text, {})
+    found = parser.attributes()
+    if parser.kind != "end":
+        parser.fail("nothing may follow the attributes")
+    return found
+
+
 class _Parser:
     """Recursive descent over the tokens."""
 

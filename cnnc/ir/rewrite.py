@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -48,6 +49,26 @@ class RewriteLog:
     missed: list[NearMiss] = field(default_factory=list)
 
 
+_log: ContextVar[RewriteLog | None] = ContextVar("log", default=None)
+
+
+@contextmanager
+def recording(log: RewriteLog) -> Iterator[RewriteLog]:
+    """Collect here what every rewrite inside does."""
+    token = _log.set(log)
+    try:
+        yield log
+    finally:
+        _log.reset(token)
+
+
+def record(rule: str, before: Value, after: Value) -> None:
+    """Note a replacement that a pass made without the rewrite driver."""
+    log = _log.get()
+    if log is not None:
+        log.fired.append(Firing(rule, repr(before), repr(after), before.node.loc | after.node.loc))
+
+
 @dataclass
 class _State:
     uses: dict[Value, int]
@@ -75,16 +96,17 @@ def miss(reason: str) -> None:
 def rewrite(graph: Graph, rules: Sequence[Rule], log: RewriteLog | None = None) -> Graph:
     """Apply rules everywhere until none fires.
 
-    Nodes are visited inputs first, so a rule sees inputs already rewritten.  Raises `VerifyError` where a
+    Nodes are visited inputs first, so a rule sees inputs already rewritten.  `log` defaults to that of `recording`.  Raises `VerifyError` where a
     rule changes a type or the rules do not come to an end.
     """
-    log = RewriteLog() if log is None else log
+    log = log or _log.get() or RewriteLog()
+    missed_before = len(log.missed)
     for _ in range(MAX_SWEEPS):
         before = len(log.fired)
         graph = _sweep(graph, rules, log)
         if len(log.fired) == before:
             return graph
-        log.missed.clear()
+        del log.missed[missed_before:]
     last = ", ".join(sorted({f.rule for f in log.fired[-20:]}))
     raise VerifyError(f"rewriting {graph.name} does not end after {MAX_SWEEPS} sweeps; last rules: {last}")
 

@@ -30,9 +30,12 @@ INLINE_ELEMENTS = 4
 DIGEST_DIGITS = 16
 
 
-def print_graph(graph: Graph, notes: Mapping[Node, str] | None = None) -> str:
-    """Write a graph as text; `notes` adds a line of comment under a node."""
-    return "\n".join(_graph_lines(graph, notes or {}, indent="")) + "\n"
+def print_graph(graph: Graph, notes: Mapping[Node, str] | None = None, *, locations: bool = True) -> str:
+    """Write a graph as text; `notes` adds a line of comment under a node.
+
+    Without `locations`, graphs that compute the same in the same way print the same.
+    """
+    return "\n".join(_graph_lines(graph, notes or {}, locations, indent="")) + "\n"
 
 
 def weights_of(graph: Graph) -> dict[str, np.ndarray]:
@@ -47,20 +50,22 @@ def weights_of(graph: Graph) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _graph_lines(graph: Graph, notes: Mapping[Node, str], indent: str) -> list[str]:
+def _graph_lines(graph: Graph, notes: Mapping[Node, str], locations: bool, indent: str) -> list[str]:
     names: dict[Value, str] = {}
     lines = [f"{indent}graph {json.dumps(graph.name)} {{"]
     for node in graph.nodes:
         for value in node.values:
             names[value] = f"%{len(names)}"
-        lines += _node_lines(node, names, notes, indent + "  ")
+        lines += _node_lines(node, names, notes, locations, indent + "  ")
     results = [f"{names[v]} as {json.dumps(n)}" for v, n in zip(graph.outputs, graph.output_names, strict=True)]
     lines.append(f"{indent}  return {', '.join(results)}")
     lines.append(indent + "}")
     return lines
 
 
-def _node_lines(node: Node, names: Mapping[Value, str], notes: Mapping[Node, str], indent: str) -> list[str]:
+def _node_lines(
+    node: Node, names: Mapping[Value, str], notes: Mapping[Node, str], locations: bool, indent: str
+) -> list[str]:
     results = ", ".join(names[v] for v in node.values)
     inputs = ", ".join(names.get(v, "%?") for v in node.inputs)
     shown = [(k, v) for k, v in _fields(node) if not isinstance(v, Graph)]
@@ -70,10 +75,10 @@ def _node_lines(node: Node, names: Mapping[Value, str], notes: Mapping[Node, str
     line += f"({inputs})" if node.inputs else ""
     line += f" {{{attributes}}}" if attributes else ""
     line += f" : {', '.join(map(str, node.types))}"
-    line += f" @ {', '.join(map(json.dumps, sorted(node.loc)))}" if node.loc else ""
+    line += f" @ {', '.join(map(json.dumps, sorted(node.loc)))}" if node.loc and locations else ""
     lines = [line]
     for body in bodies:
-        nested = _graph_lines(body, notes, indent + "  ")
+        nested = _graph_lines(body, notes, locations, indent + "  ")
         lines[-1] += " body"
         lines += nested
     if node in notes:

@@ -1,0 +1,99 @@
+"""The table of contents: every pass, and in which order they run at each optimisation level.
+
+0  one kernel for each operator: what to compare with when a fusion or a layout is under suspicion
+1  algebra, constants, batch norm, fusion; plain layouts
+2  blocked layouts too
+3  the algorithm of every convolution chosen as well (the default)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cnnc.errors import UsageError
+from cnnc.ir.graph import Graph
+from cnnc.ir.rewrite import RewriteLog, recording
+from cnnc.ir.text import print_graph
+from cnnc.ir.verify import verify
+from cnnc.passes.choose_algorithm import ChooseAlgorithm
+from cnnc.passes.cse import Cse
+from cnnc.passes.fold_batch_norm import FoldBatchNorm
+from cnnc.passes.fold_constants import FoldConstants
+from cnnc.passes.fold_pad import FoldPad
+from cnnc.passes.fuse import Fuse
+from cnnc.passes.registry import Pass, parse_passes
+from cnnc.passes.tile import KernelTemplate, Records, Tile, no_records
+from cnnc.target import Target
+
+LEVELS = (0, 1, 2, 3)
+
+
+def pipeline(
+    level: int, templates: Sequence[KernelTemplate] = (), passes: str | None = None, records: Records | None = None
+) -> tuple[Pass, ...]:
+    """Give the passes of an optimisation level, or those that `passes` spells out.
+
+    `templates` and `records` are what the tile pass chooses from.  Raises `UsageError` for a level that does not exist.
+    """
+    handed_in: dict[str, Any] = {"templates": tuple(templates), "records": records or no_records}
+    if passes is not None:
+        return parse_passes(passes, {"tile": handed_in})
+    if level not in LEVELS:
+        raise UsageError(f"optimisation level {level} does not exist; use one of {', '.join(map(str, LEVELS))}")
+    tile = Tile(**handed_in)
+    if level == 0:
+        return (FoldConstants(), Fuse(grow=False), tile)
+    chosen: list[Pass] = [FoldConstants(), FoldBatchNorm(), FoldPad(), FoldConstants(), Cse()]
+    if level >= 3:
+        chosen += [ChooseAlgorithm()]
+    return (*chosen, Fuse(), tile)
+
+
+def run_pipeline(
+    graph: Graph,
+    target: Target,
+    passes: Sequence[Pass],
+    *,
+    dump_dir: Path | None = None,
+    verify_each: bool = True,
+    log: RewriteLog | None = None,
+    timings: list[tuple[str, float]] | None = None,
+) -> Graph:
+    """Run passes in order, the verifier after each.
+
+    `dump_dir` gets `00-import.txt` and, for every pass that changed it, the graph as `03-fuse.txt`; `log` collects
+    the rules that fired and the near-misses; `timings` gets (pass, seconds).
+    """
+    dump = _Dump(dump_dir, graph)
+    with recording(RewriteLog() if log is None else log):
+        for number, step in enumerate(passes, 1):
+            start = time.perf_counter()
+            graph = step.run(graph, target)
+            if verify_each:
+                verify(graph, str(step))
+            if timings is not None:
+                timings.append((step.name, time.perf_counter() - start))
+            dump.write(number, step.name, graph)
+    return graph
+
+
+class _Dump:
+    """Writes the graph's text after a pass where it is not what it was before."""
+
+    def __init__(self, folder: Path | None, graph: Graph) -> None:
+        self.folder = folder
+        self.last = ""
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.write(0, "import", graph)
+
+    def write(self, number: int, name: str, graph: Graph) -> None:
+        if self.folder is None:
+            return
+        text = print_graph(graph)
+        if text != self.last:
+            (self.folder / f"{number:02}-{name}.txt").write_text(text, "utf-8")
+            self.last = text

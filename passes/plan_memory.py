@@ -1,0 +1,170 @@
+"""Give every value between kernels its place in one arena, reusing the bytes of values no longer needed.
+
+Inputs, outputs and constants of the graph lie elsewhere.  A view has the place of what it renames.  An elementwise
+kernel may write over an input that dies with it.  What is left is dynamic storage allocation, known to be hard; the
+heuristic is TFLite's "greedy by size" (Pisarchyk and Lee, "Efficient memory management for deep neural net inference",
+2020, section 5.2), tried in several orders, the smallest arena taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cnnc.ir.graph import Graph, Node, Value
+from cnnc.ir.op import Kind
+from cnnc.ops.fused import Fused
+from cnnc.passes.views import is_view
+from cnnc.target import Target
+
+ALIGNMENT = 64
+"""Kernels load whole vectors from aligned addresses; also a cache line."""
+
+InPlace = Callable[[Node], Sequence[int]]
+"""Which inputs of a kernel its first output may overwrite, by position."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where each value lies: its first byte in the arena, and the bytes of the arena."""
+
+    offsets: dict[Value, int]
+    size: int
+
+
+@dataclass
+class Storage:
+    """A piece of memory, of `nbytes`, that holds values from kernel number `first` to kernel number `last`."""
+
+    nbytes: int
+    first: int
+    last: int
+    values: list[Value] = field(default_factory=list)
+
+
+def plan_memory(graph: Graph, target: Target, in_place: InPlace | None = None) -> MemoryPlan:
+    """Plan the arena of a graph of kernels, run in the order of `graph.nodes`.
+
+    Sizes are physical, at the bounds of run-time sizes.  `in_place` defaults to `elementwise_in_place`.
+    """
+    storages = find_storages(graph, in_place or elementwise_in_place)
+    plans = [_place(storages, order) for order in _orders(storages)]
+    offsets, size = min(plans, key=lambda plan: plan[1])
+    return MemoryPlan({v: o for s, o in zip(storages, offsets, strict=True) for v in s.values}, size)
+
+
+def live_bytes(graph: Graph, in_place: InPlace | None = None) -> int:
+    """Give the most bytes needed at any moment: no plan can be smaller."""
+    storages = find_storages(graph, in_place or elementwise_in_place)
+    change: dict[int, int] = {}
+    for storage in storages:
+        change[storage.first] = change.get(storage.first, 0) + storage.nbytes
+        change[storage.last + 1] = change.get(storage.last + 1, 0) - storage.nbytes
+    now, most = 0, 0
+    for moment in sorted(change):
+        now += change[moment]
+        most = max(most, now)
+    return most
+
+
+def elementwise_in_place(node: Node) -> Sequence[int]:
+    """Give the inputs that a purely elementwise kernel reads at the very index it then writes.
+
+    Whatever the order of its loops, every element is read before the same element is written.
+    """
+    if not isinstance(node.op, Fused) or len(node.types) != 1:
+        return ()
+    body = node.op.body
+    if any(n.op.kind is not Kind.ELEMENTWISE for n in body.nodes if n.inputs):
+        return ()
+    out = node.types[0]
+    return [
+        position
+        for position, value in enumerate(node.inputs)
+        if (value.shape, value.type.layout, value.dtype.itemsize) == (out.shape, out.layout, out.dtype.itemsize)
+        and node.inputs.count(value) == 1
+    ]
+
+
+def find_storages(graph: Graph, in_place: InPlace) -> list[Storage]:
+    """Find which values share storage, and from when to when each storage is needed."""
+    elsewhere = {*graph.inputs, *graph.outputs}
+    last_use = _last_uses(graph)
+    storages: list[Storage] = []
+    of: dict[Value, Storage] = {}
+
+    def hold(storage: Storage, value: Value) -> None:
+        storage.values.append(value)
+        storage.last = max(storage.last, last_use[value])
+        of[value] = storage
+
+    for moment, node in enumerate(graph.nodes):
+        if is_view(node) and node.inputs[0] in of:
+            hold(of[node.inputs[0]], node.values[0])
+        elif isinstance(node.op, Fused):
+            dying = [of[node.inputs[p]] for p in in_place(node) if _dies(node.inputs[p], moment, of)]
+            for value in node.values:
+                if value in elsewhere:
+                    continue
+                nbytes = -(-value.type.nbytes // ALIGNMENT) * ALIGNMENT
+                if not (dying and value.index == 0):
+                    storages.append(Storage(nbytes, moment, moment))
+                hold(dying[0] if dying and value.index == 0 else storages[-1], value)
+    return storages
+
+
+def _dies(value: Value, moment: int, of: dict[Value, Storage]) -> bool:
+    """Whether the storage of a value is read for the last time at this moment."""
+    return value in of and of[value].last == moment
+
+
+def _last_uses(graph: Graph) -> dict[Value, int]:
+    """Give, for each value, the last moment it is needed, uses through views included."""
+    moment = {node: position for position, node in enumerate(graph.nodes)}
+    last: dict[Value, int] = {}
+    for node in reversed(graph.nodes):
+        for value in node.values:
+            uses = [last[user.values[0]] if is_view(user) else moment[user] for user in graph.users[value]]
+            last[value] = max(uses, default=moment[node])
+    return last
+
+
+def _orders(storages: Sequence[Storage]) -> Iterator[list[int]]:
+    """Give orders to place storages in: the largest, the largest and longest, the earliest first."""
+    keys: tuple[Callable[[Storage], tuple[int, ...]], ...] = (
+        lambda s: (-s.nbytes, s.first),
+        lambda s: (-s.nbytes * (s.last - s.first + 1), s.first),
+        lambda s: (s.first, -s.nbytes),
+        lambda s: (s.first - s.last, -s.nbytes),
+    )
+    for key in keys:
+        yield sorted(range(len(storages)), key=lambda i: key(storages[i]))
+
+
+def _place(storages: Sequence[Storage], order: Sequence[int]) -> tuple[list[int], int]:
+    """Place storages one by one, each in the smallest gap that holds it; gives the offsets and the arena's size."""
+    first, last, nbytes = (
+        np.array([getattr(storages[i], name) for i in order], np.int64) for name in ("first", "last", "nbytes")
+    )
+    placed = np.zeros(len(order), np.int64)
+    for k in range(len(order)):
+        meets = np.flatnonzero((first[:k] <= last[k]) & (first[k] <= last[:k]))
+        taken = sorted(zip(placed[meets].tolist(), (placed[meets] + nbytes[meets]).tolist(), strict=True))
+        placed[k] = _best_gap(taken, int(nbytes[k]))
+    offsets = [0] * len(order)
+    for i, offset in zip(order, placed.tolist(), strict=True):
+        offsets[i] = offset
+    return offsets, int((placed + nbytes).max(initial=0))
+
+
+def _best_gap(taken: Sequence[tuple[int, int]], nbytes: int) -> int:
+    """Give the start of the smallest gap between the taken ranges that holds so many bytes, or their end."""
+    best: tuple[int, int] | None = None
+    end = 0
+    for start, stop in taken:
+        if start - end >= nbytes and (best is None or start - end < best[0]):
+            best = (start - end, end)
+        end = max(end, stop)
+    return end if best is None else best[1]
