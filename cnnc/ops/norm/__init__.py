@@ -1,5 +1,6 @@
 """Normalisation: batch, layer, RMS, instance and group norm, and division by the p-norm."""
 
+from cnnc.ops.norm import onnx_readers  # noqa: F401  (registers itself)
 from cnnc.ops.norm.batch import BatchNorm
 from cnnc.ops.norm.layer import LayerNorm, RmsNorm
 from cnnc.ops.norm.lp import LpNormalize
