@@ -51,7 +51,9 @@ class Cast(_Elementwise):
 
     def _expression(self, te: Any, dtype: DType, x: Any) -> Any:
         if self.dtype is DType.BOOL:
-            return x != te.const(0, dtype)
+            differs = x != te.const(0, dtype)
+            # TVM's != is false for NaN.
+            return te.logical_or(differs, te.isnan(x)) if dtype.is_float else differs
         y = cast_to(te, x, dtype, working_dtype(self.dtype))
         if not self.dtype.is_integer or not dtype.is_float:
             return y
