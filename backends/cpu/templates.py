@@ -1,0 +1,20 @@
+"""The CPU's kernel templates: the table of contents of this folder.
+
+The tile pass takes, for each kernel, the cheapest schedule of the templates that match it.
+"""
+
+from __future__ import annotations
+
+from cnnc.backends.cpu.generic import Generic
+from cnnc.backends.cpu.template import Template
+from cnnc.errors import VerifyError
+
+TEMPLATES: tuple[Template, ...] = (Generic(),)
+
+
+def template(name: str) -> Template:
+    """Give a template by the name schedules carry."""
+    for candidate in TEMPLATES:
+        if candidate.name == name:
+            return candidate
+    raise VerifyError(f"there is no kernel template {name!r}; there are {', '.join(t.name for t in TEMPLATES)}")

@@ -1,0 +1,152 @@
+"""The command line from outside: exit codes, one-line errors, reports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cnnc.cli.main import run
+
+NETWORK = """
+from cnnc.frontends.dsl import conv, linear, flatten, max_pool, network, relu
+
+@network(input=(3, 8, 8))
+def tiny(x):
+    x = x >> conv(5, 3, pad=1, name="conv1") >> relu >> max_pool(2)
+    return x >> flatten >> linear(7, name="fc")
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    path = tmp_path / "tiny.py"
+    path.write_text(NETWORK)
+    return f"{path}:tiny"
+
+
+@pytest.fixture
+def binary(model: str, tmp_path: Path) -> str:
+    path = tmp_path / "new folder" / "tiny.so"
+    assert run(["compile", model, "-o", str(path)]) == 0
+    return str(path)
+
+
+def test_compile_writes_library_and_header_and_says_so(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "tiny.so"
+    assert run(["compile", model, "-o", str(path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["report"] == "compile"
+    assert set(report["files"]) == {str(path), str(path.with_suffix(".h"))}
+    assert report["kernels"] > 0
+
+
+def test_run_of_binary_equals_interpreter(model: str, binary: str, tmp_path: Path):
+    x = np.random.default_rng(3).standard_normal((1, 3, 8, 8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    out = tmp_path / "y.npy"
+    assert run(["run", binary, "--input", f"@{tmp_path / 'x.npy'}", "--save", str(out)]) == 0
+    from cnnc.driver import load_graph
+    from cnnc.ir.interp import evaluate
+
+    graph = load_graph(model)
+    (wanted,) = evaluate(graph, {graph.input_names[0]: x}, precise=True).values()
+    np.testing.assert_allclose(np.load(out), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_run_compares_with_expected_output(binary: str, tmp_path: Path):
+    out = tmp_path / "y.npy"
+    assert run(["run", binary, "--save", str(out), "--seed", "5"]) == 0
+    assert run(["run", binary, "--expect", f"@{out}", "--seed", "5"]) == 0
+    assert run(["run", binary, "--expect", f"@{out}", "--seed", "6"]) == 1
+
+
+def test_verify_passes_and_fails(model: str, binary: str, capsys: pytest.CaptureFixture[str]):
+    assert run(["verify", model, binary]) == 0
+    assert "PASSED" in capsys.readouterr().out
+    assert run(["verify", model, binary, "--tolerance", "0"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_profile_names_the_users_layers(binary: str, capsys: pytest.CaptureFixture[str]):
+    assert run(["profile", binary, "--repeats", "3", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    layers = " ".join(layer for kernel in report["kernels"] for layer in kernel["layers"])
+    assert "conv1" in layers
+    assert "fc" in layers
+    assert all(kernel["nanoseconds"] > 0 for kernel in report["kernels"])
+
+
+def test_bench_reports_each_thread_count(binary: str, capsys: pytest.CaptureFixture[str]):
+    assert run(["bench", binary, "--threads", "1,2", "--duration", "0.05", "--warmup-ms", "0", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["threads"] for row in report["results"]] == [1, 2]
+
+
+def test_inspect_of_model_and_binary(model: str, binary: str, capsys: pytest.CaptureFixture[str]):
+    assert run(["inspect", model, "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == 3 * 5 * 9 + 5 + 5 * 16 * 7 + 7
+    for form in ("text", "dot", "table"):
+        assert run(["inspect", model, "--format", form]) == 0
+    assert run(["inspect", binary]) == 0
+    assert "conv1" in capsys.readouterr().out
+
+
+def test_opt_prints_ir_that_reads_back(model: str, capsys: pytest.CaptureFixture[str]):
+    assert run(["opt", model, "--passes", "simplify,fuse"]) == 0
+    assert "fused" in capsys.readouterr().out
+    assert run(["opt", "--list-passes"]) == 0
+    assert "fold_batch_norm" in capsys.readouterr().out
+
+
+def test_dump_ir_and_time_passes(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["compile", model, "-o", str(tmp_path / "t.so"), "--dump-ir", str(tmp_path / "ir"), "--time-passes"]
+    assert run([*arguments, "--why", "fold_batch_norm"]) == 0
+    assert any("fuse" in path.name for path in (tmp_path / "ir").iterdir())
+    assert "fuse" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["compile", "missing.onnx", "-o", "x.so"], 3, "missing.onnx"),
+        (["run", "missing.so"], 6, "missing.so"),
+        (["compile", "{model}", "-o", "{folder}"], 6, "is a folder"),
+        (["compile", "{model}", "-o", "x.so", "--target", "cpu:pentium9"], 2, "pentium9"),
+        (["compile", "{model}", "-o", "x.so", "--emit", "exe,elf"], 2, "elf"),
+        (["compile", "{model}", "-o", "x.so", "--passes", "fold_batchnorm"], 2, "fold_batch_norm"),
+        (["run", "{model}", "--input", "nothere=random"], 2, "nothere"),
+        (["run", "{model}", "--input", "1x1x8x8:random"], 2, "[1,3,8,8]"),
+        (["verify", "{model}", "--against", "guesswork"], 2, "guesswork"),
+        (["compile", "{model}2", "-o", "x.so"], 2, "tiny2"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_the_code(
+    arguments: list[str],
+    code: int,
+    message: str,
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    filled = [a.format(model=model, folder=tmp_path) for a in arguments]
+    assert run(filled) == code
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert not (tmp_path / "x.so").exists()
+
+
+def test_doctor_is_content_here(capsys: pytest.CaptureFixture[str]):
+    assert run(["doctor"]) == 0
+    assert "PASSED" in capsys.readouterr().out
+
+
+def test_ops_lists_operators(capsys: pytest.CaptureFixture[str]):
+    assert run(["ops", "--json"]) == 0
+    assert "Conv" in json.loads(capsys.readouterr().out)["onnx"]

@@ -1,0 +1,49 @@
+"""The package as installed: light to import, one top-level name, promises of the README."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("tvm", "onnx", "llvmlite", "networkx", "torch", "onnxruntime")
+
+
+def test_import_is_light():
+    code = f"import sys, cnnc; print([m for m in {HEAVY!r} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_readme_prints_one_setup_and_one_test_command():
+    readme = (ROOT / "README.md").read_text()
+    for name in ("setup command", "test command"):
+        found = re.findall(rf"<!-- {name} -->\n```sh\n(.+)\n```\n<!-- /{name} -->", readme)
+        assert len(found) == 1
+        assert ".venv" in found[0]
+
+
+def test_folders_at_the_top_are_parts_of_the_package():
+    for name in ("frontends", "passes", "backends"):
+        link = ROOT / "cnnc" / name
+        assert link.is_symlink()
+        assert link.resolve() == ROOT / name
+
+
+@pytest.mark.slow
+def test_wheel_has_one_top_level_name_and_the_runtime(tmp_path: Path):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.split("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"cnnc"}
+    for part in ("frontends/dsl/__init__.py", "passes/pipeline.py", "backends/cpu/build.py"):
+        assert f"cnnc/{part}" in names
+    sources = {p.name for p in (ROOT / "backends/host/runtime").iterdir() if p.suffix in (".c", ".h")}
+    assert sources <= {Path(name).name for name in names if "host/runtime" in name}
