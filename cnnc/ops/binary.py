@@ -137,38 +137,29 @@ class Div(_Binary):
 class Mod(_Binary):
     """y = a - b * floor(a / b), which has b's sign; with fmod a - b * trunc(a / b), which has a's.
 
-    Floats need fmod; integers mod 0 are 0.
+    Integers mod 0 are 0, floats NaN.
     """
 
     fmod: bool = False
     nonzero = True
-
-    def infer(self, a: TensorType, b: TensorType) -> TensorType:
-        """Broadcast the shapes."""
-        if a.dtype.is_float and not self.fmod:
-            raise ShapeError(f"mod: floats need fmod=True, but x : {a}")
-        return self._infer(a, b)
 
     def _numpy(self, a: np.ndarray, b: np.ndarray) -> Any:
         return np.fmod(a, b) if self.fmod else np.mod(a, b)
 
     def _expression(self, te: Any, dtype: DType, a: Any, b: Any) -> Any:
         if dtype.is_float:
-            return te.fmod(a, b)
+            rest = te.fmod(a, b)
+            if self.fmod:
+                return rest
+            other_sign = te.logical_or(te.logical_and(rest < 0, b > 0), te.logical_and(rest > 0, b < 0))
+            return te.select(other_sign, rest + b, rest)
         zero = te.const(0, dtype)
         divide = te.truncmod if self.fmod else te.floormod
         return _for_divisor(te, dtype, b, zero=zero, minus_one=zero, other=divide(a, _safe_divisor(te, dtype, b)))
 
     @classmethod
     def _variants(cls) -> tuple[Op, ...]:
-        return (cls(fmod=True),)
-
-    @classmethod
-    def examples(cls) -> Iterable[Example]:
-        """Show fmod on everything, the other on integers."""
-        yield from super().examples()
-        for dtype in (DType.I8, DType.I64, DType.U8):
-            yield cls._example(cls(), (TensorType((5, 7), dtype), TensorType((5, 7), dtype)))
+        return (cls(), cls(fmod=True))
 
 
 class Pow(_Binary):
@@ -252,10 +243,13 @@ class BitwiseXor(_Binary):
 
 @dataclass(frozen=True)
 class BitShift(_Binary):
-    """y = a << b or a >> b, on unsigned integers; 0 when b is the width or more."""
+    """y = a << b or a >> b; a right shift repeats the sign.
+
+    A shift by the width of the dtype or more, or by a negative number, leaves 0, or of a negative a shifted right -1.
+    """
 
     direction: str = "left"
-    takes = frozenset({DType.U8})
+    takes = INTEGERS
 
     def infer(self, a: TensorType, b: TensorType) -> TensorType:
         """Broadcast the shapes."""
@@ -264,11 +258,20 @@ class BitShift(_Binary):
         return self._infer(a, b)
 
     def _numpy(self, a: np.ndarray, b: np.ndarray) -> Any:
-        return np.left_shift(a, b) if self.direction == "left" else np.right_shift(a, b)
+        beyond = (b < 0) | (b >= 8 * a.itemsize)
+        amount = np.where(beyond, 0, b).astype(a.dtype)
+        if self.direction == "left":
+            return np.where(beyond, 0, np.left_shift(a, amount))
+        return np.where(beyond, np.where(a < 0, -1, 0), np.right_shift(a, amount))
 
     def _expression(self, te: Any, dtype: DType, a: Any, b: Any) -> Any:
-        shifted = a << b if self.direction == "left" else a >> b
-        return te.select(b < 8, shifted, te.const(0, a.dtype))
+        zero = te.const(0, dtype)
+        beyond = te.logical_or(b < zero, b >= te.const(8 * dtype.itemsize, dtype))
+        amount = te.select(beyond, zero, b)
+        if self.direction == "left":
+            return te.select(beyond, zero, a << amount)
+        emptied = zero if dtype is DType.U8 else te.select(a < zero, te.const(-1, dtype), zero)
+        return te.select(beyond, emptied, a >> amount)
 
     @classmethod
     def _variants(cls) -> tuple[Op, ...]:
@@ -316,6 +319,8 @@ def _div(node: ForeignNode, a: Value, b: Value) -> Value:
 @onnx("Mod")
 def _mod(node: ForeignNode, a: Value, b: Value) -> Value:
     _refuse_zero_divisor(node, b)
+    if a.dtype.is_float and not node.attr("fmod", 0) and node.opset < 28:
+        raise node.invalid("floats need fmod=1 before opset 28")
     return call(Mod(bool(node.attr("fmod", 0))), a, b)
 
 
