@@ -212,13 +212,17 @@ def _with_output_shape(
     sizes = [s for s in spatial if isinstance(s, int)]
     if len(sizes) != rank:
         raise node.unsupported(f"an output size for spatial axes {spatial}, known only at run time")
+    same = not wanted
     # Some exporters write N and C in front.
     wanted = wanted[-rank:] or tuple(n * s for n, s in zip(sizes, op.stride, strict=True))
     reach = op.window(kernel).reach
     totals, output_pad = [], []
     for axis, size in enumerate(wanted):
         natural = (sizes[axis] - 1) * op.stride[axis] + reach[axis] + op.output_pad[axis]
-        totals.append(max(natural - size, 0))
-        output_pad.append(op.output_pad[axis] + max(size - natural, 0))
+        missing = size - natural
+        if missing >= op.stride[axis] or (same and missing > 0):
+            raise node.unsupported(f"spatial axis {axis} of size {size}, where the windows cover {natural} only")
+        totals.append(max(-missing, 0))
+        output_pad.append(op.output_pad[axis] + max(missing, 0))
     pad = split_padding(totals, more_at_end=mode == "SAME_UPPER")
     return ConvTranspose(op.stride, pad, op.dilation, op.groups, tuple(output_pad))
