@@ -62,6 +62,11 @@ class Draft:
         self._owners[full] = owner
         return full
 
+    def applied(self, owner: object) -> Applied | None:
+        """Give what a layer did when it was first applied; None if it has not been."""
+        name = self._names.get(owner)
+        return None if name is None else self.layers.get(name)
+
     def _free_name(self, scope: tuple[str, ...], kind: str) -> str:
         number = 1
         while (full := ".".join((*scope, f"{kind}{number}"))) in self._owners:

@@ -9,6 +9,12 @@ from enum import StrEnum
 
 import numpy as np
 
+from cnnc.ir.graph import Graph, Value
+from cnnc.ops.source import Parameter
+
+RESIDUAL = 0.3
+"""What the gammas at the end of residual branches are multiplied by."""
+
 
 class Role(StrEnum):
     """What a parameter does in its layer, which decides how its first numbers are drawn."""
@@ -54,3 +60,28 @@ class Initial:
                 return rng.random(shape, np.float32) + np.float32(0.5)
             case Role.BETA | Role.MEAN:
                 return rng.standard_normal(shape, np.float32) * np.float32(0.1)
+
+
+def residual_gammas(graph: Graph) -> frozenset[str]:
+    """Name the gammas of batch norms whose output is added to something that is none.
+
+    Those of residual branches: were they near 1, each block would double the variance.  (Goyal et al., 2017,
+    section 5.1, start them at 0.)
+    """
+    found: set[str] = set()
+    for node in graph.nodes:
+        if node.op.name == "add":
+            ends = [_last_gamma(value) for value in node.inputs]
+            if None in ends:
+                found.update(name for name in ends if name is not None)
+    return frozenset(found)
+
+
+def _last_gamma(value: Value) -> str | None:
+    """Name the gamma of the batch norm that makes a value, a gate on its way allowed."""
+    while value.op.name == "mul":
+        value = value.inputs[0]
+    if value.op.name != "batch_norm":
+        return None
+    gamma = value.inputs[1].op
+    return gamma.label if isinstance(gamma, Parameter) else None

@@ -100,12 +100,18 @@ class Layer(Composable):
         """Apply it to a tensor; raises `ShapeError` with the line of the layer where it cannot take it."""
         if not isinstance(x, Tensor):
             raise ModelError(f"{self.kind.name}: takes a tensor, not {x!r}{trace(self.lines)}")
-        name = x.draft.name_of(self, self.scope, self.name, self.kind.name, self.lines)
+        owner = object() if self._is_free_to_repeat(x.draft) else self
+        name = x.draft.name_of(owner, self.scope, self.name, self.kind.name, self.lines)
         site = Site(name, self, x.draft)
         result = self.kind.define(site, x, *self.args, **self.options)
         nodes, parameters = tuple(site.nodes), tuple(site.parameters)
         x.draft.record(Applied(name, self.kind.name, (result.value,), nodes, parameters, self.lines))
         return result
+
+    def _is_free_to_repeat(self, draft: Draft) -> bool:
+        """Whether it was applied before, without name and parameters: then the next time is another layer."""
+        before = draft.applied(self)
+        return before is not None and not self.name and not before.parameters
 
     def __repr__(self) -> str:
         return f"<layer {self.kind.name} {self.name}>".replace(" >", ">")

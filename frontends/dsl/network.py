@@ -14,7 +14,7 @@ import numpy as np
 
 from cnnc.errors import ModelError, UsageError
 from cnnc.frontends.dsl.draft import Applied, Draft
-from cnnc.frontends.dsl.initial import Initial
+from cnnc.frontends.dsl.initial import RESIDUAL, Initial, residual_gammas
 from cnnc.frontends.dsl.layer import Composable
 from cnnc.frontends.dsl.lines import trace, user_lines
 from cnnc.frontends.dsl.scope import current_scope
@@ -68,8 +68,10 @@ class Network:
 
     def init(self, seed: int = 0) -> Network:
         """Draw all parameters at random (He's rule); the same seed gives the same numbers everywhere."""
+        small = residual_gammas(self.structure)
         for name, type_ in self.parameters.items():
-            self.weights[name] = self.initials[name].draw(type_.static_shape, name, seed)
+            drawn = self.initials[name].draw(type_.static_shape, name, seed)
+            self.weights[name] = drawn * np.float32(RESIDUAL) if name in small else drawn
         return self
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Network:
