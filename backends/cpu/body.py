@@ -1,6 +1,6 @@
 """What a kernel computes: the anchor's operands, and elementwise TE stages on values still in registers.
 
-    y[i] = f(anchor(operands...)[i], further inputs...)
+    y[i] = f(anchor[i], further inputs...),  anchor = convolution, pool, ... of the operands
 
 A template says where in its loop nest an output value is complete, and asks here for the expression to store.
 """
@@ -22,45 +22,48 @@ __all__ = ["Body", "BoundBody", "plain_body"]
 
 @dataclass(frozen=True)
 class Body:
-    """The inputs of a kernel and what follows its anchor.
+    """The tensor expressions of a kernel.
 
     `inputs` are TE placeholders of all inputs in the order of the kernel's parameters, `operands` those of them
-    that the anchor takes; `apply` maps the anchor's output tensor to the kernel's, of the same physical shape,
-    through `te.compute` stages without reductions (None: the anchor's output is the kernel's).
+    that the anchor takes; `anchor` is the tensor the template computes, and `final` the kernel's output, which
+    follows from the anchor (or is it) by stages without reductions and has its shape.
     """
 
     inputs: tuple[Any, ...]
     operands: tuple[Any, ...]
-    apply: Callable[[Any], Any] | None = None
+    anchor: Any
+    final: Any
 
     def bind(self, shape: Sequence[int]) -> BoundBody:
-        """Fix the anchor's physical output shape; raises VerifyError if the stages change it."""
-        anchor = te.placeholder(tuple(shape), name="anchor")
-        final = anchor if self.apply is None else self.apply(anchor)
-        if tuple(int(extent) for extent in final.shape) != tuple(shape):
-            raise VerifyError(f"epilogue turns a tensor of shape {tuple(shape)} into {final.shape}; it must keep it")
+        """Declare the buffers; raises VerifyError if anchor or output are not of the anchor's physical `shape`."""
+        for what, tensor in (("the anchor", self.anchor), ("the output", self.final)):
+            found = tuple(int(extent) for extent in tensor.shape)
+            if found != tuple(shape):
+                raise VerifyError(f"kernel body: {what} has shape {found}; the template computes {tuple(shape)}")
         buffers = {
             tensor: loops.buffer(f"x{i}", [int(extent) for extent in tensor.shape], str(tensor.dtype))
             for i, tensor in enumerate(self.inputs)
         }
-        return BoundBody(self, anchor, final, buffers)
+        return BoundBody(self, buffers)
 
 
 def plain_body(
-    *operands: tuple[int, ...], extra: tuple[Any, ...] = (), apply: Callable[[Any], Any] | None = None
+    operands: Sequence[Sequence[int]],
+    output: Sequence[int],
+    extra: tuple[Any, ...] = (),
+    apply: Callable[[Any], Any] = lambda anchor: anchor,
 ) -> Body:
-    """Make a body from the physical shapes of the anchor's operands, with further inputs after them."""
-    placeholders = tuple(te.placeholder(shape, name=f"operand{i}") for i, shape in enumerate(operands))
-    return Body((*placeholders, *extra), placeholders, apply)
+    """Make a body from physical shapes; `apply` gives the output from the anchor, and may read the placeholders `extra`."""
+    placeholders = tuple(te.placeholder(tuple(shape), name=f"operand{i}") for i, shape in enumerate(operands))
+    anchor = te.placeholder(tuple(output), name="anchor")
+    return Body((*placeholders, *extra), placeholders, anchor, apply(anchor))
 
 
 @dataclass(frozen=True)
 class BoundBody:
-    """A body over a known shape, with a buffer for each input."""
+    """A body with a buffer for each input."""
 
     body: Body
-    anchor: Any
-    final: Any
     buffers: dict[Any, Any]
 
     @property
@@ -75,19 +78,20 @@ class BoundBody:
 
     def output(self) -> Any:
         """Declare the buffer of the output."""
-        return loops.buffer("y", [int(extent) for extent in self.final.shape], str(self.final.dtype))
+        final = self.body.final
+        return loops.buffer("y", [int(extent) for extent in final.shape], str(final.dtype))
 
     def value(self, accumulator: Any, indices: Sequence[Any]) -> Any:
         """Give the expression to store at `indices` of the output, from the anchor's value there."""
 
         def read(tensor: Any, at: Sequence[Any]) -> Any:
-            if tensor.same_as(self.anchor):
+            if tensor.same_as(self.body.anchor):
                 return accumulator
             if tensor in self.buffers:
                 return tirx.BufferLoad(self.buffers[tensor], list(at))
             return _inlined(tensor, at, read)
 
-        return read(self.final, [loops.const(index) for index in indices])
+        return read(self.body.final, [loops.const(index) for index in indices])
 
 
 _CALL = type(tirx.exp(tirx.const(0.0, "float32")))

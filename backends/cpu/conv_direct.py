@@ -1,6 +1,6 @@
 """Direct convolution on blocked channels (NCHWc), for any stride, padding, dilation and groups of whole blocks.
 
-    y[n, o, h, w] = bias[o] + sum over c, r, s of x[n, c, h * stride + r * dilation - pad, ...] * weight[o, c, r, s]
+    y[n, o, h, w] = sum over c, r, s of x[n, c, h * stride + r * dilation - pad, ...] * weight[o, c, r, s]
 
 A register tile is `pixels` neighbours in a row times `vectors` blocks of output channels; each input value is
 broadcast against the weights of `vectors` blocks.  Nothing is copied for padding (see segments.py).  With
@@ -45,7 +45,6 @@ class ConvShape:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     block: int = 16
-    bias: bool = True
     plain_input: bool = False
 
     @property
@@ -88,9 +87,8 @@ class ConvShape:
 
     @property
     def operand_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The physical shapes of the operands: input, weight and, if there is one, bias."""
-        bias = ((self.oc,),) if self.bias else ()
-        return (self.input_shape, self.weight_shape, *bias)
+        """The physical shapes of the operands: input and weight."""
+        return (self.input_shape, self.weight_shape)
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -135,9 +133,8 @@ def space(shape: ConvShape, machine: Machine) -> Iterator[DirectParams]:
     pixels = shape.h * shape.w
     widths = [0]
     if is_pointwise(shape):
-        widths = sorted({w for w in _divisors(pixels) if w >= 28 and pixels // w >= 4}, reverse=True)[::2][:4] + [
-            pixels
-        ]
+        long = [w for w in _divisors(pixels) if w >= 28 and pixels // w >= 4]
+        widths = [*long[::-2][:4], pixels]
     blocks = shape.oc_blocks // shape.groups
     groups = [v for v in range(1, 9) if blocks % v == 0]
     if max(groups) < min(blocks, 4):
@@ -234,7 +231,7 @@ def _far_bytes(shape: ConvShape, params: DirectParams, machine: Machine, row_blo
 
 
 def build(shape: ConvShape, params: DirectParams, machine: Machine, body: Body) -> Any:
-    """Make the kernel: a PrimFunc of the body's inputs and the output; the operands are x, weight, perhaps bias."""
+    """Make the kernel: a PrimFunc of the body's inputs and the output; the operands are x and weight."""
     return _Emitter(shape, params, machine, body).function()
 
 
@@ -253,8 +250,7 @@ class _Emitter:
         self.params = params
         self.machine = machine
         self.body = body.bind(shape.output_shape)
-        self.x, self.weight, *bias = self.body.operands
-        self.bias = bias[0] if bias else None
+        self.x, self.weight = self.body.operands
         self.y = self.body.output()
         self.logical = shape
         self.shape = shape = reshaped(shape, params)
@@ -328,8 +324,7 @@ class _Emitter:
 
         def start(v: Any, p: Any) -> Any:
             zero = tirx.Broadcast(tirx.const(0.0, "float32"), block)
-            value = zero if self.bias is None else t.load(self.bias, (oc + v) * block, lanes=block)
-            return t.store(sums, value, v, p, 0, lanes=block)
+            return t.store(sums, zero, v, p, 0, lanes=block)
 
         group = oc // (shape.oc_blocks // shape.groups)
 

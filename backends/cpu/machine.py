@@ -27,7 +27,7 @@ class Machine:
     """Vector loads (or broadcasts) from L1."""
     l2_bytes: float = 24.0
     """Bytes that flow from L2 into L1 while the core computes."""
-    memory_bytes: float = 8.0
+    memory_bytes: float = 16.0
     """Bytes that flow from beyond L2, as one core streams."""
 
     @property

@@ -50,7 +50,7 @@ def tap_range(position: int, size: int, kernel: int, dilation: int) -> tuple[int
 def row_segments(
     size: int, out: int, kernel: int, stride: int, pad: int, dilation: int, tile: int
 ) -> tuple[Segment, ...]:
-    """Cut `out` output pixels, computed from `size` input pixels with `pad` before them, into tiles of at most `tile`."""
+    """Cut `out` output pixels, read from `size` input pixels with `pad` before them, into tiles of at most `tile`."""
     widths = _widths(out, tile)
     tiles = []
     start = 0
@@ -65,7 +65,7 @@ def row_segments(
 
 
 def _widths(out: int, tile: int) -> list[int]:
-    """Choose tile widths: equal ones inside, the remainder shared by the two at the borders, which are special anyway."""
+    """Choose tile widths: equal ones inside, the remainder shared by the two at the borders, which differ anyway."""
     count = -(-out // tile)
     if count == 1:
         return [out]

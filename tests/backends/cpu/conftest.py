@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ KernelCall = Callable[..., np.ndarray]
 
 
 @pytest.fixture
-def call_kernel(tmp_path: Path) -> Iterator[KernelCall]:
+def call_kernel(tmp_path: Path) -> KernelCall:
     """Compile a PrimFunc and call it: `call_kernel(func, inputs, output_shape, pieces=1)`.
 
     The range of slices is run in `pieces` parts, the last part first; the output is filled with NaN before.
@@ -58,8 +59,8 @@ def call_kernel(tmp_path: Path) -> Iterator[KernelCall]:
         scratch = [aligned(np.full(kernel.scratch_bytes, 0xFF, np.uint8))] if kernel.scratch_bytes else []
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in (*arrays, output, *scratch)]
         bounds = [kernel.slices * i // pieces for i in range(pieces + 1)]
-        for low, high in reversed(list(zip(bounds, bounds[1:], strict=False))):
+        for low, high in reversed(list(pairwise(bounds))):
             assert function(*pointers, low, high) == 0
         return output
 
-    yield call
+    return call

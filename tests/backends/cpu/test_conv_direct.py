@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from cnnc.backends.cpu import conv_direct
+from cnnc.backends.cpu.body import Body, plain_body
 from cnnc.backends.cpu.conv_direct import ConvShape
 from cnnc.backends.cpu.machine import AVX2, AVX512, Machine
+from cnnc.errors import VerifyError
 from cnnc.ir.layout import Layout
 
 MACHINES = {8: AVX2, 16: AVX512}
@@ -34,29 +36,33 @@ def reference(shape: ConvShape, x: np.ndarray, w: np.ndarray, b: np.ndarray) -> 
     return y + b.reshape(1, -1, 1, 1)
 
 
-def relu_plus_residual(shape: ConvShape) -> tuple[Any, Any]:
-    """Give the placeholder of a residual, and the stages max(y + residual, 0)."""
+def with_bias_and_residual(shape: ConvShape) -> Body:
+    """Make the body max(conv + bias + residual, 0), the bias a plain vector of the true channel count."""
     from tvm import te, tirx
 
+    bias = te.placeholder((shape.oc,), name="bias")
     residual = te.placeholder(shape.output_shape, name="residual")
+    zero = tirx.const(0.0, "float32")
 
     def apply(anchor: Any) -> Any:
-        total = te.compute(anchor.shape, lambda *i: anchor(*i) + residual(*i), name="total")
-        return te.compute(anchor.shape, lambda *i: tirx.max(total(*i), tirx.const(0.0, "float32")), name="relu")
+        def biased(n: Any, o: Any, h: Any, w: Any, c: Any) -> Any:
+            channel = o * shape.block + c
+            return tirx.if_then_else(channel < shape.oc, anchor(n, o, h, w, c) + bias(channel), zero)
 
-    return residual, apply
+        total = te.compute(anchor.shape, biased, name="biased")
+        return te.compute(anchor.shape, lambda *i: tirx.max(total(*i) + residual(*i), zero), name="relu")
+
+    return plain_body(shape.operand_shapes, shape.output_shape, (bias, residual), apply)
 
 
 def check(
     call_kernel: Any, shape: ConvShape, params: conv_direct.DirectParams, machine: Machine, pieces: int = 1
 ) -> None:
-    from cnnc.backends.cpu.body import plain_body
-
     rng = np.random.default_rng(shape.ic * 1000 + shape.h)
     x = rng.standard_normal((shape.n, shape.ic, shape.h, shape.w), np.float32)
     w = rng.standard_normal((shape.oc, shape.ic // shape.groups, shape.kh, shape.kw), np.float32)
     b = rng.standard_normal(shape.oc, np.float32)
-    wanted = reference(shape, x, w, b if shape.bias else np.zeros_like(b))
+    wanted = reference(shape, x, w, b)
     extra = rng.standard_normal(wanted.shape, np.float32)
     wanted = np.maximum(wanted + extra, 0)
 
@@ -64,11 +70,8 @@ def check(
     x_packed = x if shape.plain_input else blocks.pack(x)
     inner = "" if shape.plain_input else f"{shape.block}i"
     w_packed = Layout(f"OIHW{inner}{shape.block}o").pack(w)
-    residual, apply = relu_plus_residual(shape)
-    body = plain_body(*shape.operand_shapes, extra=(residual,), apply=apply)
-    func = conv_direct.build(shape, params, machine, body)
-    inputs = [x_packed, w_packed, *([b] if shape.bias else []), blocks.pack(extra)]
-    got = call_kernel(func, inputs, shape.output_shape, pieces)
+    func = conv_direct.build(shape, params, machine, with_bias_and_residual(shape))
+    got = call_kernel(func, [x_packed, w_packed, b, blocks.pack(extra)], shape.output_shape, pieces)
 
     logical = blocks.unpack(got, wanted.shape)
     assert np.linalg.norm(logical - wanted) <= 2e-6 * np.linalg.norm(wanted)
@@ -98,7 +101,6 @@ SHAPES = {
     "groups": ConvShape(1, 64, 8, 8, 96, 3, 3, pad=(1, 1, 1, 1), groups=2),
     "seven blocks": ConvShape(1, 16, 9, 9, 7 * 16, 3, 3, pad=(1, 1, 1, 1)),
     "eleven blocks": ConvShape(1, 16, 5, 7, 11 * 16, 1, 1),
-    "no bias": ConvShape(1, 16, 8, 8, 16, 3, 3, pad=(1, 1, 1, 1), bias=False),
     "channels beside the block": ConvShape(1, 20, 9, 9, 37, 3, 3, pad=(1, 1, 1, 1)),
     "three channels in and out": ConvShape(1, 3, 9, 9, 3, 3, 3, pad=(1, 1, 1, 1)),
     "first layer": ConvShape(1, 3, 31, 33, 24, 7, 7, stride=(2, 2), pad=(3, 3, 3, 3), plain_input=True),
@@ -127,11 +129,10 @@ def test_every_schedule_is_right(call_kernel: Any, name: str) -> None:
 def test_a_residual_that_is_the_input_is_one_parameter(call_kernel: Any) -> None:
     from tvm import te
 
-    from cnnc.backends.cpu.body import Body
-
-    shape = ConvShape(1, 16, 6, 6, 16, 3, 3, pad=(1, 1, 1, 1), block=8, bias=False)
+    shape = ConvShape(1, 16, 6, 6, 16, 3, 3, pad=(1, 1, 1, 1), block=8)
     x, w = (te.placeholder(s, name=f"p{i}") for i, s in enumerate(shape.operand_shapes))
-    body = Body((w, x), (x, w), lambda anchor: te.compute(anchor.shape, lambda *i: anchor(*i) + x(*i)))
+    anchor = te.placeholder(shape.output_shape, name="anchor")
+    body = Body((w, x), (x, w), anchor, te.compute(anchor.shape, lambda *i: anchor(*i) + x(*i)))
     rng = np.random.default_rng(1)
     x_value = rng.standard_normal((1, 16, 6, 6), np.float32)
     w_value = rng.standard_normal((16, 16, 3, 3), np.float32)
@@ -146,12 +147,13 @@ def test_a_residual_that_is_the_input_is_one_parameter(call_kernel: Any) -> None
 def test_an_epilogue_must_keep_the_shape() -> None:
     from tvm import te
 
-    from cnnc.backends.cpu.body import plain_body
-    from cnnc.errors import VerifyError
-
     shape = ConvShape(1, 16, 6, 6, 16, 1, 1, block=8)
-    body = plain_body(*shape.operand_shapes, apply=lambda anchor: te.compute((4,), lambda i: anchor(0, 0, 0, 0, i)))
-    with pytest.raises(VerifyError, match="must keep it"):
+
+    def apply(anchor: Any) -> Any:
+        return te.compute((4,), lambda i: anchor(0, 0, 0, 0, i))
+
+    body = plain_body(shape.operand_shapes, shape.output_shape, apply=apply)
+    with pytest.raises(VerifyError, match=r"the output has shape \(4,\)"):
         conv_direct.build(shape, best(shape, AVX2), AVX2, body)
 
 

@@ -1,0 +1,146 @@
+"""Sliding windows that keep the channel: the loop nest shared by depthwise convolution and pooling (NCHWc).
+
+    y[n, c, h, w] = finish(step over r, s of x[n, c, h * stride + r * dilation - pad, ...])
+
+A register tile is a few neighbours in a row of one channel block.  Windows at the borders skip what is padding
+(see segments.py), so nothing is copied, and padding takes part in nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+
+from cnnc.backends.cpu import loops
+from cnnc.backends.cpu.body import BoundBody
+from cnnc.backends.cpu.segments import Run, Segment, row_segments
+
+__all__ = ["Step", "WindowShape", "window_kernel"]
+
+
+@dataclass(frozen=True)
+class WindowShape:
+    """Windows over channels in blocks: logical sizes, and output sizes, which rounding modes may decide.
+
+    `pad` is (top, left); what lies beyond the input after it needs no mention.
+    """
+
+    n: int
+    c: int
+    h: int
+    w: int
+    oh: int
+    ow: int
+    kh: int
+    kw: int
+    stride: tuple[int, int] = (1, 1)
+    pad: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    block: int = 16
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of channels, the last one perhaps padded."""
+        return -(-self.c // self.block)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The physical shape of the input."""
+        return (self.n, self.blocks, self.h, self.w, self.block)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """The physical shape of the output."""
+        return (self.n, self.blocks, self.oh, self.ow, self.block)
+
+
+Step = Callable[[Any, Any, Any, Any, Any], Any]
+"""(vector so far, input vector, channel block, kernel row, kernel column) -> vector."""
+
+
+def window_kernel(shape: WindowShape, body: BoundBody, pixels: int, rows: int, start: float, step: Step) -> Any:
+    """Make the kernel: tiles of at most `pixels` outputs, slices of `rows` output rows of a channel block.
+
+    Sums begin as `start`; the first operand of the body is the input.
+    """
+    x, y = body.operands[0], body.output()
+    segments = row_segments(shape.w, shape.ow, shape.kw, shape.stride[1], shape.pad[1], shape.dilation[1], pixels)
+    row_blocks = -(-shape.oh // rows)
+
+    def one_slice(index: Any) -> Any:
+        image = index // (shape.blocks * row_blocks)
+        channel = index // row_blocks % shape.blocks
+        first = index % row_blocks * rows
+        count = rows if shape.oh % rows == 0 else tirx.min(loops.const(rows), shape.oh - first)
+        return loops.loop(count, lambda row: one_row(image, channel, first + row), "row")
+
+    def one_row(image: Any, channel: Any, row: Any) -> Any:
+        def tiles(segment: Segment) -> Any:
+            def tile(index: Any) -> Any:
+                return one_tile(image, channel, row, segment.start + index * segment.pixels, segment)
+
+            return loops.loop(segment.count, tile, "tile")
+
+        return loops.sequence(*(tiles(segment) for segment in segments))
+
+    def one_tile(image: Any, channel: Any, row: Any, column: Any, segment: Segment) -> Any:
+        sums = loops.buffer("sums", (segment.pixels, shape.block), scope="local")
+        initial = tirx.Broadcast(tirx.const(start, "float32"), shape.block)
+        top = row * shape.stride[0] - shape.pad[0]
+
+        def kernel_row(tap: Any) -> Any:
+            at = (image, channel, top + tap * shape.dilation[0])
+            return loops.sequence(*(one_run(sums, at, tap, column, run) for run in segment.runs))
+
+        def clear(p: Any) -> Any:
+            return loops.store(sums, initial, p, 0, lanes=shape.block)
+
+        def finish(p: Any) -> Any:
+            return loops.vectorized(shape.block, lambda c: store(sums, (image, channel, row, column + p, c), p))
+
+        return loops.sequence(
+            loops.alloc(sums),
+            loops.unrolled(segment.pixels, clear, "p"),
+            _kernel_rows(shape, top, kernel_row) if segment.runs else None,
+            loops.unrolled(segment.pixels, finish, "p"),
+        )
+
+    def one_run(sums: Any, at: tuple[Any, Any, Any], kernel_row: Any, column: Any, run: Run) -> Any:
+        def add(tap: Any, p: Any) -> Any:
+            source = (column + p) * shape.stride[1] - shape.pad[1] + tap * shape.dilation[1]
+            value = loops.load(x, *at, source, 0, lanes=shape.block)
+            total = step(loops.load(sums, p, 0, lanes=shape.block), value, at[1], kernel_row, tap)
+            return loops.store(sums, total, p, 0, lanes=shape.block)
+
+        def column_taps(tap: Any) -> Any:
+            return loops.unrolled(run.end - run.begin, lambda p: add(tap, p), "p", run.begin)
+
+        make = loops.unrolled if run.last - run.first <= MOST_UNROLLED else loops.loop
+        return make(run.last - run.first, column_taps, "kernel_column", run.first)
+
+    def store(sums: Any, at: tuple[Any, ...], p: Any) -> Any:
+        value = body.value(loops.load(sums, p, at[-1]), at)
+        if shape.c % shape.block:
+            inside = at[1] * shape.block + at[-1] < shape.c
+            value = tirx.Select(inside, value, tirx.const(0, y.dtype))
+        return loops.store(y, value, *at)
+
+    return loops.function([*body.inputs, y], loops.parallel(shape.n * shape.blocks * row_blocks, one_slice))
+
+
+MOST_UNROLLED = 7
+"""Kernel columns that are unrolled, so that neighbouring pixels share what they read."""
+
+
+def _kernel_rows(shape: WindowShape, top: Any, kernel_row: Callable[[Any], Any]) -> Any:
+    """Loop over the kernel rows that read input rows, not padding."""
+    dilation = shape.dilation[0]
+    lowest = (shape.oh - 1) * shape.stride[0] - shape.pad[0] + (shape.kh - 1) * dilation
+    if shape.pad[0] == 0 and lowest < shape.h:
+        return loops.loop(shape.kh, kernel_row, "kernel_row")
+    first = tirx.max(loops.const(0), (dilation - 1 - top) // dilation)
+    last = tirx.min(loops.const(shape.kh), (shape.h - top + dilation - 1) // dilation)
+    return loops.loop(last - first, kernel_row, "kernel_row", first)
