@@ -4,8 +4,8 @@
 
 Afterwards every computing node is a `Fused`; inputs, constants and views stay as they are.  Three steps:
 
-1. From each reduction (convolution, pooling, ...), then from each remaining node, a group grows forward over elementwise
-   consumers of the same shape, through diamonds too, as long as one value leaves the group.
+1. From each reduction (convolution, pooling, ...), then from each remaining node, a group grows forward over
+   elementwise consumers of the same shape, through diamonds too, as long as one value leaves the group.
 2. A group of elementwise and injective nodes moves into its only consumer where that reads each element once.
 3. Groups become kernels, in an order that networkx finds (or refuses, should a group be cyclic).
 
@@ -89,7 +89,7 @@ class _Groups:
                 last = region[-1] if region else None
 
     def _region(self, value: Value, most: int) -> list[Node]:
-        """List the elementwise nodes through which all that is made from a value flows into one; [] if there is none."""
+        """List the elementwise nodes through which all that reads a value flows into one; [] if there is none."""
         region: list[Node] = []
         pending = {*self.graph.users[value]}
         leaving = value

@@ -18,6 +18,7 @@ from cnnc.ir.graph import Graph
 from cnnc.ir.rewrite import RewriteLog, recording
 from cnnc.ir.text import print_graph
 from cnnc.ir.verify import verify
+from cnnc.passes.assign_layouts import AssignLayouts
 from cnnc.passes.choose_algorithm import ChooseAlgorithm
 from cnnc.passes.cse import Cse
 from cnnc.passes.fold_batch_norm import FoldBatchNorm
@@ -25,6 +26,7 @@ from cnnc.passes.fold_constants import FoldConstants
 from cnnc.passes.fold_pad import FoldPad
 from cnnc.passes.fuse import Fuse
 from cnnc.passes.registry import Pass, parse_passes
+from cnnc.passes.simplify import Simplify
 from cnnc.passes.tile import KernelTemplate, Records, Tile, no_records
 from cnnc.target import Target
 
@@ -46,9 +48,11 @@ def pipeline(
     tile = Tile(**handed_in)
     if level == 0:
         return (FoldConstants(), Fuse(grow=False), tile)
-    chosen: list[Pass] = [FoldConstants(), FoldBatchNorm(), FoldPad(), FoldConstants(), Cse()]
+    chosen: list[Pass] = [Simplify(), FoldConstants(), FoldBatchNorm(), FoldPad(), Simplify(), FoldConstants(), Cse()]
     if level >= 3:
         chosen += [ChooseAlgorithm()]
+    if level >= 2:
+        chosen += [AssignLayouts(), Cse()]
     return (*chosen, Fuse(), tile)
 
 

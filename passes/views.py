@@ -14,9 +14,13 @@ def is_view(node: Node) -> bool:
     """
     if node.op.name == "reshape":
         return node.inputs[0].type.layout is None and node.types[0].layout is None
-    if node.op.name == "layout_transform":
-        return _memory_order(node.inputs[0].type) == _memory_order(node.types[0])
-    return False
+    return node.op.name == "layout_transform" and renames_memory(node.inputs[0].type, node.types[0])
+
+
+def renames_memory(old: TensorType, new: TensorType) -> bool:
+    """Whether a tensor has the same bytes in the same order in both of two layouts."""
+    order = _memory_order(old)
+    return order is not None and order == _memory_order(new)
 
 
 def _memory_order(type_: TensorType) -> list[tuple[str, int, int]] | None:

@@ -96,8 +96,8 @@ def miss(reason: str) -> None:
 def rewrite(graph: Graph, rules: Sequence[Rule], log: RewriteLog | None = None) -> Graph:
     """Apply rules everywhere until none fires.
 
-    Nodes are visited inputs first, so a rule sees inputs already rewritten.  `log` defaults to that of `recording`.  Raises `VerifyError` where a
-    rule changes a type or the rules do not come to an end.
+    Nodes are visited inputs first, so a rule sees inputs already rewritten.  `log` defaults to that of `recording`.
+    Raises `VerifyError` where a rule changes a type or the rules do not come to an end.
     """
     log = log or _log.get() or RewriteLog()
     missed_before = len(log.missed)

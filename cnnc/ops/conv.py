@@ -64,8 +64,8 @@ class Conv(Op):
     def infer_layout(self, x: TensorType, w: TensorType, b: TensorType | None = None) -> tuple[Layout | None, ...]:
         """Take NCHW{b}c with OIHW{b}i{o}o and give NCHW{o}c; a plain x goes with OIHW{o}o or a plain weight.
 
-        With groups the blocks must divide the groups, except in a depthwise convolution, whose weights are
-        OIHW{b}o and keep the block.  The bias is plain.
+        With groups the blocks must divide the groups' channels.  Or, as in a depthwise convolution, whole groups fit
+        into a block, which stays the same: then the weight is OIHW{b}o.  The bias is plain.
         """
         block = channel_block(self.name, "x", x)
         plain_only(self.name, bias=b)
@@ -73,17 +73,17 @@ class Conv(Op):
             if block > 1:
                 raise ShapeError(f"{self.name}: x is in layout {x.layout} but the weight is plain")
             return (None,)
-        depthwise = self.groups == x.shape[1] == w.shape[0]
         out_block = w.layout.block("O")
-        wanted = weight_layout(w.rank, 1 if depthwise else block, out_block)
+        if block > 1 and self.groups > 1 and w.layout == weight_layout(w.rank, 1, out_block):
+            if block != out_block or x.shape[1] != w.shape[0] or block % w.static_shape[1]:
+                raise ShapeError(f"{self.name}: whole groups must fit into the blocks of x : {x} and weight {w}")
+            return (x.layout,)
+        wanted = weight_layout(w.rank, block, out_block)
         if w.layout != wanted and not (
             block == 1 and w.layout == weight_layout(w.rank, w.layout.block("I"), out_block)
         ):
             raise ShapeError(f"{self.name}: for x : {x} the weight must be in layout {wanted}, not {w.layout}")
-        if depthwise:
-            if block != out_block:
-                raise ShapeError(f"{self.name}: depthwise, so x : {x} and weight {w} must have the same block")
-        elif self.groups > 1 and (w.static_shape[1] % block or w.static_shape[0] // self.groups % out_block):
+        if self.groups > 1 and (w.static_shape[1] % block or w.static_shape[0] // self.groups % out_block):
             raise ShapeError(f"{self.name}: blocks of x : {x} and weight {w} must divide the {self.groups} groups")
         return (channel_layout(x.rank, out_block),)
 
@@ -164,6 +164,9 @@ class Conv(Op):
         yield _example((1, 3, 8, 8), (9, 3, 3, 3), (2, 2), (1, 1, 1, 1), bias=True, blocks=(1, 8))
         yield _example((1, 6, 6, 6), (6, 1, 3, 3), (1, 1), (1, 1, 1, 1), groups=6, bias=True, blocks=(4, 4))
         yield _example((1, 8, 6, 6), (16, 4, 3, 3), (1, 1), (1, 0, 0, 1), groups=2, blocks=(4, 8))
+        yield _example(
+            (1, 12, 6, 6), (12, 2, 3, 3), (2, 1), (1, 1, 1, 1), groups=6, bias=True, blocks=(8, 8), inside=True
+        )
         yield _example((2, 5, 11), (7, 5, 3), (1,), (1, 1), blocks=(4, 4))
 
 
@@ -177,11 +180,12 @@ def _example(
     bias: bool = False,
     dtype: DType = DType.F32,
     blocks: tuple[int, int] = (1, 1),
+    inside: bool = False,
 ) -> Example:
-    """Make an example; `blocks` are the channel blocks of the input and the output."""
+    """Make an example; `blocks` are the channel blocks of the input and the output; `inside`: groups fit into them."""
     op = Conv(stride, pad, dilation or (1,) * len(stride), groups)
-    depthwise = groups == x[1] == w[0]
-    layout = weight_layout(len(w), 1 if depthwise else blocks[0], blocks[1]) if blocks[1] > 1 else None
+    inside = inside or groups == x[1] == w[0]
+    layout = weight_layout(len(w), 1 if inside else blocks[0], blocks[1]) if blocks[1] > 1 else None
     types = [TensorType(x, dtype, channel_layout(len(x), blocks[0])), TensorType(w, dtype, layout)]
     return Example(op, (*types, TensorType((w[0],), dtype)) if bias else tuple(types))
 

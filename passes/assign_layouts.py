@@ -1,0 +1,296 @@
+"""Choose layouts for the whole graph: channels in blocks of one vector (NCHW16c), or plain.
+
+    relu(conv(x, w)) -> layout_transform{plain}(relu(conv(layout_transform{NCHW16c}(x), w in OIHW16i16o)))
+
+Every operator that takes blocked tensors (its `infer_layout` says so) has a cost in either layout, and every value a
+cost of being changed from its maker's layout to its readers', paid once however many they are.  The cheapest
+assignment of the two labels is a minimum cut; NeoCPU (USENIX ATC'19, section 3.3) sets the same problem and solves it
+by dynamic programming, approximately where the graph is no chain.  Transforms of constants are done here, so weights
+change nothing but their declared layout.  A convolution of few channels reads plain data itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
+
+from cnnc.errors import ShapeError
+from cnnc.ir.build import call, infer_types
+from cnnc.ir.graph import Graph, Node, Value
+from cnnc.ir.layout import Layout
+from cnnc.ir.literal import Literal
+from cnnc.ir.op import Kind
+from cnnc.ir.rewrite import map_graph, rebuild
+from cnnc.ir.types import DType, TensorType
+from cnnc.ops.blocked import channel_layout, weight_layout
+from cnnc.ops.conv import Conv
+from cnnc.ops.fused import Fused
+from cnnc.ops.layout_transform import LayoutTransform
+from cnnc.ops.source import Constant
+from cnnc.passes.registry import Pass
+from cnnc.passes.views import renames_memory
+from cnnc.target import Target
+
+if TYPE_CHECKING:
+    import networkx
+
+Wanted: TypeAlias = dict[Node, tuple[Layout | None, ...]]
+"""Nodes that can compute in blocks, with the layouts their inputs then have."""
+
+RANK = 4
+"""The rank of the tensors that are blocked: images."""
+
+OVERHEAD = 2e-6
+"""Seconds to start one more kernel."""
+
+BANDWIDTH = 2e10
+"""Bytes a second; like the other rates, only their ratios decide."""
+
+FLOPS_PER_LANE = 4e9
+"""Floating-point operations a second of one vector lane in a blocked kernel."""
+
+PLAIN_FLOPS = 4e9
+"""Floating-point operations a second of a reduction in plain layout."""
+
+
+@dataclass(frozen=True)
+class AssignLayouts(Pass):
+    """Assign layouts; `block` is the channel block, by default the lanes of the target's vectors."""
+
+    block: int = 0
+
+    def run(self, graph: Graph, target: Target) -> Graph:
+        """Give the graph with layouts chosen and transforms put in; graphs with kernels in them stay as they are."""
+        if any(isinstance(node.op, Fused) for node in graph.nodes):
+            return graph
+        block = self.block or target.vector_lanes
+        if block == 1:
+            return graph
+        plain = _all_plain(graph)
+        return _rewrite(plain, _choose(plain, block))
+
+
+def _all_plain(graph: Graph) -> Graph:
+    """Give the graph without layouts, so that the choice does not depend on an earlier one."""
+
+    def strip(node: Node, inputs: tuple[Value, ...]) -> Sequence[Value]:
+        if isinstance(node.op, LayoutTransform):
+            return inputs
+        if isinstance(node.op, Constant) and node.op.layout is not None:
+            return call(replace(node.op, layout=None), loc=node.loc).node.values
+        return rebuild(node, inputs)
+
+    return map_graph(graph, strip)
+
+
+# What an operator wants
+
+
+def wanted_layouts(node: Node, block: int) -> tuple[Layout | None, ...] | None:
+    """Give the layouts of the inputs with which an operator computes in blocks; None where it cannot.
+
+    The graph is plain.  The operator must give blocked f32 images for them.
+    """
+    if not node.inputs or any(t.rank != RANK or t.dtype is not DType.F32 for t in node.types):
+        return None
+    layout = channel_layout(RANK, block)
+    wanted = _conv_layouts(node, block) if isinstance(node.op, Conv) else _image_layouts(node, layout)
+    try:
+        inferred = infer_types(node.op, tuple(_adapted(v, w) for v, w in zip(node.inputs, wanted, strict=True)))
+    except ShapeError:
+        return None
+    return wanted if all(t.layout == layout for t in inferred) else None
+
+
+def _image_layouts(node: Node, layout: Layout | None) -> tuple[Layout | None, ...]:
+    """Want every image, and every constant that differs from channel to channel, in blocks."""
+    return tuple(layout if _has_channels(v, node) else None for v in node.inputs)
+
+
+def _has_channels(v: Value, node: Node) -> bool:
+    """Whether a value lies beside the output's channels; one channel for all and vectors taken by name do not."""
+    if v.dtype is not DType.F32:
+        return False
+    if isinstance(v.op, Constant) and node.op.kind is Kind.ELEMENTWISE and v.type.rank == RANK - 1:
+        return v.shape[0] != 1
+    return v.type.rank == RANK and v.shape[1] != 1
+
+
+def _conv_layouts(node: Node, block: int) -> tuple[Layout | None, ...]:
+    """Want OIHW{b}i{b}o weights, or OIHW{b}o where groups fit into blocks or few channels are read plain."""
+    x, w = node.inputs[0].type, node.inputs[1].type
+    groups = node.op.groups if isinstance(node.op, Conv) else 1
+    inside = groups > 1 and w.static_shape[1] < block and block % w.static_shape[1] == 0
+    reads_plain = groups == 1 and w.static_shape[1] < block
+    weights = weight_layout(w.rank, 1 if inside or reads_plain else block, block)
+    data = None if reads_plain else channel_layout(x.rank, block)
+    return (data, weights, *(None for _ in node.inputs[2:]))
+
+
+def _adapted(v: Value, layout: Layout | None) -> TensorType:
+    """Give the type a value has once it is in a layout; constants grow leading axes for it."""
+    if layout is None:
+        return v.type
+    return TensorType((1,) * (layout.rank - v.type.rank) + v.shape, v.dtype, layout)
+
+
+# Costs, in seconds; only their proportions matter
+
+
+def _node_cost(node: Node, block: int, blocked: bool) -> float:
+    """Estimate a node in one layout: arithmetic for reductions, the bytes moved for the rest."""
+    lanes = block if blocked else 1
+    channels = max((t.static_shape[1] for t in node.types if t.rank > 1), default=1)
+    filled = channels / (-(-channels // lanes) * lanes) if channels else 1.0
+    moved = sum(v.type.nbytes for v in node.inputs) + sum(t.nbytes for t in node.types)
+    seconds = moved / BANDWIDTH / filled
+    if node.op.kind is Kind.REDUCTION:
+        flops = node.op.flops(*(v.type for v in node.inputs))
+        seconds += flops / filled / FLOPS_PER_LANE / block if blocked else flops / PLAIN_FLOPS
+    return seconds
+
+
+def _transform_cost(v: Value, block: int) -> float:
+    """Estimate changing a value's layout; nothing where only the name changes."""
+    blocked = v.type.with_layout(channel_layout(RANK, block))
+    if renames_memory(v.type, blocked):
+        return 0.0
+    return OVERHEAD + (v.type.nbytes + blocked.nbytes) / BANDWIDTH
+
+
+# The choice
+
+
+def _choose(graph: Graph, block: int) -> Wanted:
+    """Give the nodes to compute in blocks, each with the layouts of its inputs."""
+    wanted = {node: w for node in graph.nodes if (w := wanted_layouts(node, block)) is not None}
+    if not any(isinstance(node.op, Conv) for node in wanted):
+        return {}
+    return {node: wanted[node] for node in _minimum_cut(graph, wanted, block)}
+
+
+_BLOCKED, _PLAIN = "blocked", "plain"
+_PER_SECOND = 1e12
+"""Costs are cut as whole picoseconds, so that no rounding decides."""
+
+MOST_UNDECIDED = 5_000
+"""With more nodes to decide, which no network for images has, all that can be blocked is: cuts take quadratic time."""
+
+
+@dataclass(frozen=True)
+class _Edge:
+    """What it costs to make `value` in one layout and read it in another; makers and readers are nodes or _PLAIN."""
+
+    value: Value
+    maker: Node | str
+    readers: tuple[Node | str, ...]
+    seconds: float
+
+
+def _minimum_cut(graph: Graph, wanted: Wanted, block: int) -> set[Node]:
+    """Give the nodes on the blocked side of the cheapest cut."""
+    edges = list(_edges(graph, wanted, block))
+    gain = {n: _node_cost(n, block, blocked=False) - _node_cost(n, block, blocked=True) for n in wanted}
+    label = _decided(gain, edges)
+    undecided = [node for node in wanted if node not in label]
+    if len(undecided) > MOST_UNDECIDED:
+        return set(wanted)
+    network = _network(undecided, gain, edges, label)
+    import networkx
+
+    _, (blocked, _) = networkx.minimum_cut(
+        network, _BLOCKED, _PLAIN, flow_func=networkx.algorithms.flow.boykov_kolmogorov
+    )
+    return {node for node in wanted if label.get(node) == _BLOCKED or node in blocked}
+
+
+def _edges(graph: Graph, wanted: Wanted, block: int) -> Iterator[_Edge]:
+    """List the values whose layout may have to change."""
+    outputs = set(graph.outputs)
+    for value, users in graph.users.items():
+        if isinstance(value.op, Constant) or value.type.rank != RANK or value.dtype is not DType.F32:
+            continue
+        maker = value.node if value.node in wanted else _PLAIN
+        readers = dict.fromkeys(_reader(user, value, wanted) for user in users)
+        if value in outputs:
+            readers[_PLAIN] = None
+        if set(readers) - {maker}:
+            yield _Edge(value, maker, tuple(readers), _transform_cost(value, block))
+
+
+def _decided(gain: dict[Node, float], edges: Sequence[_Edge]) -> dict[Node, str]:
+    """Label the nodes that gain more by one layout than all their transforms could cost."""
+    at_stake = dict.fromkeys(gain, 0.0)
+    for edge in edges:
+        for node in {edge.maker, *edge.readers}:
+            if isinstance(node, Node):
+                at_stake[node] += edge.seconds
+    return {n: _BLOCKED if gain[n] > 0 else _PLAIN for n in gain if abs(gain[n]) > at_stake[n]}
+
+
+def _network(
+    undecided: Sequence[Node], gain: dict[Node, float], edges: Sequence[_Edge], label: dict[Node, str]
+) -> networkx.DiGraph:
+    """Make the network to cut: an edge (a, b) costs its capacity where a is blocked and b plain, or is never cut.
+
+    A value changed to blocked for some reader costs once, so its readers pull a vertex that stands for "some reader is
+    blocked", and only that one pays; likewise for plain.
+    """
+    import networkx
+
+    network = networkx.DiGraph()
+    network.add_nodes_from((_BLOCKED, _PLAIN))
+    for node in undecided:
+        ends = (_BLOCKED, node) if gain[node] > 0 else (node, _PLAIN)
+        network.add_edge(*ends, capacity=round(abs(gain[node]) * _PER_SECOND))
+    for edge in edges:
+        maker, *readers = (n if isinstance(n, str) else label.get(n, n) for n in (edge.maker, *edge.readers))
+        some_blocked, some_plain = (edge.value, _BLOCKED), (edge.value, _PLAIN)
+        for reader in set(readers):
+            network.add_edge(reader, some_blocked)
+            network.add_edge(some_plain, reader)
+        network.add_edge(some_blocked, maker, capacity=round(edge.seconds * _PER_SECOND))
+        network.add_edge(maker, some_plain, capacity=round(edge.seconds * _PER_SECOND))
+    return network
+
+
+def _reader(user: Node, value: Value, wanted: Wanted) -> Node | str:
+    """Give what decides in which layout a node reads a value: its own label, or plain in any case."""
+    if user not in wanted:
+        return _PLAIN
+    layouts = [layout for v, layout in zip(user.inputs, wanted[user], strict=True) if v == value]
+    return _PLAIN if None in layouts else user
+
+
+# The new graph
+
+
+def _rewrite(graph: Graph, blocked: Wanted) -> Graph:
+    """Rebuild the graph, each value changed to another layout at most once."""
+    changed: dict[tuple[Value, Layout | None], Value] = {}
+
+    def place(node: Node, inputs: tuple[Value, ...]) -> Sequence[Value]:
+        layouts = blocked.get(node, (None,) * len(inputs))
+        return rebuild(node, tuple(_in_layout(v, w, changed) for v, w in zip(inputs, layouts, strict=True)))
+
+    placed = map_graph(graph, place)
+    outputs = tuple(_in_layout(v, None, changed) for v in placed.outputs)
+    return Graph(graph.name, placed.inputs, outputs, graph.output_names)
+
+
+def _in_layout(v: Value, layout: Layout | None, changed: dict[tuple[Value, Layout | None], Value]) -> Value:
+    """Give a value in a layout; a constant is simply declared to be in it."""
+    if v.type.layout == layout:
+        return v
+    if (v, layout) not in changed:
+        if isinstance(v.op, Constant):
+            array = v.op.value.array
+            rank = array.ndim if layout is None else layout.rank
+            grown = (
+                Literal(array.reshape((1,) * (rank - array.ndim) + array.shape)) if rank > array.ndim else v.op.value
+            )
+            changed[v, layout] = call(replace(v.op, value=grown, layout=layout), loc=v.node.loc)
+        else:
+            changed[v, layout] = call(LayoutTransform(layout), v, loc=v.node.loc)
+    return changed[v, layout]
