@@ -21,8 +21,13 @@ from cnnc.errors import VerifyError
 ALIGNMENT = 64
 """Bytes every buffer and the scratch area must be aligned to."""
 
+INDEPENDENT_LOOPS = "cnnc.independent_loops"
+"""Attribute of a function whose outermost loops are parallel and independent of each other."""
+
 STACK_LIMIT = 1024
 """Bytes from which a temporary moves from the stack to the scratch area; scope `local` always stays."""
+
+_SERIAL = tirx.ForKind.SERIAL
 
 
 @dataclass
@@ -52,6 +57,8 @@ def c_function(func: Any, symbol: str, noalias: bool, abi: Abi) -> Any:
     lo, hi = tirx.Var("lo", "int32"), tirx.Var("hi", "int32")
     if _has_sole_parallel_loop(body):
         body = _slice(body, lo, hi, abi)
+    elif func.attrs.get(INDEPENDENT_LOOPS) is not None:
+        body = _slice_each(body, lo, hi, abi)
     else:
         body = tirx.IfThenElse(tirx.all(tirx.EQ(lo, 0), tirx.LT(lo, hi)), _serial(body), None)
     buffers = [tirx.DeclBuffer(buffer, data=pointer) for buffer, pointer in data]
@@ -144,12 +151,32 @@ def _slice(stmt: Any, lo: Any, hi: Any, abi: Abi) -> Any:
         if int(stmt.min) != 0:
             raise VerifyError(f"parallel loop {stmt.loop_var.name} starts at {stmt.min}; it must start at 0")
         abi.slices = int(stmt.extent)
-        return tirx.For(stmt.loop_var, lo, hi - lo, tirx.ForKind.SERIAL, _serial(stmt.body))
+        return tirx.For(stmt.loop_var, lo, hi - lo, _SERIAL, _serial(stmt.body))
     return _with_children(stmt, lambda part: _slice(part, lo, hi, abi))
+
+
+def _slice_each(stmt: Any, lo: Any, hi: Any, abi: Abi) -> Any:
+    """Number the iterations of independent parallel loops through, and run those in [lo, hi).
+
+    What is no parallel loop belongs to the first slice.
+    """
+    abi.slices = 0
+    parts = []
+    for part in tirx.stmt_list(stmt):
+        if isinstance(part, tirx.AllocBuffer | tirx.DeclBuffer | tirx.Bind) or _is_nothing(part):
+            parts.append(part)
+            continue
+        count = int(part.extent) if _is_parallel(part) else 1
+        first = tirx.max(lo - abi.slices, 0)
+        end = tirx.min(hi - abi.slices, count)
+        loop = part if _is_parallel(part) else tirx.For(tirx.Var("once", "int32"), 0, 1, _SERIAL, part)
+        parts.append(tirx.For(loop.loop_var, first, tirx.max(end - first, 0), _SERIAL, _serial(loop.body)))
+        abi.slices += count
+    return tirx.SeqStmt(parts)
 
 
 def _serial(stmt: Any) -> Any:
     """Make every parallel loop in a statement a serial one."""
     if _is_parallel(stmt):
-        stmt = _loop(stmt, tirx.ForKind.SERIAL, stmt.body)
+        stmt = _loop(stmt, _SERIAL, stmt.body)
     return _with_children(stmt, _serial)

@@ -26,9 +26,14 @@ class LoweredKernel:
     inputs: tuple[Any, ...]
     outputs: tuple[Any, ...]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no output has an element, so that there is nothing to schedule."""
+        return all(0 in map(int, tensor.shape) for tensor in self.outputs)
+
     def prim_func(self) -> Any:
         """Make the unscheduled s_tir PrimFunc over inputs, then outputs."""
-        if all(0 in tensor.shape for tensor in self.outputs):
+        if self.is_empty:
             return _empty_func((*self.inputs, *self.outputs))
         return tvm_te.create_prim_func([*self.inputs, *self.outputs])
 
@@ -44,6 +49,10 @@ def lower_kernel(fused: Fused) -> LoweredKernel:
     outputs: list[Any] = []
     for position, value in enumerate(body.outputs):
         tensor = values[value]
+        if 0 in value.type.physical_shape and not all(0 in v.type.physical_shape for v in body.outputs):
+            # TE cannot describe a tensor without elements; nothing is written to it.
+            outputs.append(tvm_te.placeholder((1,), TVM_DTYPES[value.type.dtype], f"y{position}"))
+            continue
         is_taken = value in inputs or any(tensor.same_as(other) for other in outputs)
         outputs.append(_copy(tensor, f"y{position}") if is_taken else tensor)
     return LoweredKernel(tuple(inputs.values()), tuple(outputs))

@@ -19,6 +19,7 @@ from tvm import tirx
 
 from cnnc.backends.lower import vector_math
 from cnnc.backends.lower.expr import TVM_DTYPES, Expr, Number, Operand, Tensor, as_index, same_type
+from cnnc.backends.lower.reducers import arg_reducer, nan_max, nan_min
 from cnnc.errors import UnsupportedError, VerifyError
 from cnnc.ir.types import DType, TensorType
 
@@ -103,7 +104,7 @@ class Vocabulary:
         if axes is None:
             return self.maximum(x, other)  # type: ignore[arg-type]
         x = _expression(x)
-        return self._reduction(x, axes, _nan_first(tirx.max, x.dtype), lowest(x.dtype), "max", widen=False)
+        return self._reduction(x, axes, _max_of(x.dtype), lowest(x.dtype), "max", widen=False)
 
     def min(self, x: Operand, other: Operand | Axes) -> Any:
         """Give the smallest over axes (NaN if any is), or the smaller of two expressions."""
@@ -111,7 +112,7 @@ class Vocabulary:
         if axes is None:
             return self.minimum(x, other)  # type: ignore[arg-type]
         x = _expression(x)
-        return self._reduction(x, axes, _nan_first(tirx.min, x.dtype), highest(x.dtype), "min", widen=False)
+        return self._reduction(x, axes, _min_of(x.dtype), highest(x.dtype), "min", widen=False)
 
     def argmax(self, x: Expr, axes: Axes, select_last: bool = False) -> Reduction:
         """Give the i64 position of the largest (NaN counts as largest) along one axis, the first of equals."""
@@ -151,24 +152,7 @@ class Vocabulary:
         if self._is_empty(axes):
             raise UnsupportedError("the position of the largest of no elements is not defined")
         (axis,) = self._tvm_axes(axes)
-        earlier = tirx.GT if select_last else tirx.LT
-        # The identity's position loses against every real one.
-        nowhere = -1 if select_last else 2**31 - 1
-
-        def combine(a: Any, b: Any) -> tuple[Any, Any]:
-            tie = tirx.EQ(a[1], b[1])
-            wins = better(a[1], b[1])
-            if x.dtype.is_float:
-                a_nan, b_nan = tirx.NE(a[1], a[1]), tirx.NE(b[1], b[1])
-                tie = tirx.any(tie, tirx.all(a_nan, b_nan))
-                wins = tirx.any(wins, tirx.all(a_nan, tirx.Not(b_nan)))
-            first = tirx.any(wins, tirx.all(tie, earlier(a[0], b[0])))
-            return tirx.Select(first, a[0], b[0]), tirx.Select(first, a[1], b[1])
-
-        def start(index_type: str, value_type: str) -> tuple[Any, Any]:
-            return tirx.const(nowhere, index_type), tirx.const(identity, value_type)
-
-        reducer = tirx.comm_reducer(combine, start, name="arg")
+        reducer = arg_reducer(better, identity, x.dtype.is_float, select_last)
         return Reduction(reducer, (axis.var, x.node), (axis,), DType.I64, picks_index=True)
 
     # Types
@@ -245,7 +229,7 @@ class Vocabulary:
 
     def isnan(self, x: Expr) -> Expr:
         """Whether x is NaN."""
-        return x != x if x.dtype.is_float else self.const(False, DType.BOOL)
+        return Expr(tirx.isnan(x.node)) if x.dtype.is_float else self.const(False, DType.BOOL)  # x != x is folded away
 
     def isinf(self, x: Expr) -> Expr:
         """Whether x is infinite."""
@@ -253,11 +237,11 @@ class Vocabulary:
 
     def maximum(self, a: Operand, b: Operand) -> Expr:
         """Give the larger of two; NaN if either is."""
-        return _extreme(tirx.max, a, b)
+        return _extreme(tirx.max, _max_of, a, b)
 
     def minimum(self, a: Operand, b: Operand) -> Expr:
         """Give the smaller of two; NaN if either is."""
-        return _extreme(tirx.min, a, b)
+        return _extreme(tirx.min, _min_of, a, b)
 
     # Integers
 
@@ -479,17 +463,26 @@ def _typed(make: Callable[[Any, Any], Any], a: Operand, b: Operand) -> Expr:
     return Expr(make(x.node, y.node))
 
 
-def _nan_first(function: Callable[[Any, Any], Any], dtype: DType) -> Callable[[Any, Any], Any]:
-    """Make max or min give NaN where the first operand is; TVM's gives the second where either is."""
-    if not dtype.is_float:
-        return lambda a, b: function(a, b)
-    return lambda a, b: tirx.Select(tirx.NE(a, a), a, function(a, b))
+def _max_of(dtype: DType) -> Callable[[Any, Any], Any]:
+    return nan_max if dtype.is_float else lambda a, b: tirx.max(a, b)
 
 
-def _extreme(function: Callable[[Any, Any], Any], a: Operand, b: Operand) -> Expr:
+def _min_of(dtype: DType) -> Callable[[Any, Any], Any]:
+    return nan_min if dtype.is_float else lambda a, b: tirx.min(a, b)
+
+
+def _extreme(
+    function: Callable[[Any, Any], Any],
+    with_nan: Callable[[DType], Callable[[Any, Any], Any]],
+    a: Operand,
+    b: Operand,
+) -> Expr:
     x, y = same_type(a, b)
-    if isinstance(y.node, tirx.FloatImm) and not math.isnan(float(y.node.value)):
+    if _is_number(y):
         x, y = y, x
-    if isinstance(x.node, tirx.FloatImm) and not math.isnan(float(x.node.value)):
-        return Expr(function(x.node, y.node))
-    return Expr(_nan_first(function, x.dtype)(x.node, y.node))
+    # TVM's max gives the second operand where either is NaN, so a number in front needs no care.
+    return Expr(function(x.node, y.node) if _is_number(x) else with_nan(x.dtype)(x.node, y.node))
+
+
+def _is_number(x: Expr) -> bool:
+    return isinstance(x.node, tirx.FloatImm) and not math.isnan(float(x.node.value))
