@@ -15,6 +15,7 @@ from cnnc.backends.cache import KernelCache
 from cnnc.backends.cpu.codegen import KernelJob, KernelObject, compile_kernels
 from cnnc.backends.cpu.templates import template
 from cnnc.backends.host.program import ALIGNMENT, KernelCall, Port, Program, Slot
+from cnnc.backends.load_tvm import load_tvm
 from cnnc.errors import VerifyError
 from cnnc.ir.graph import Graph, Node, Value
 from cnnc.ir.text import print_graph
@@ -138,6 +139,8 @@ def _kernel_objects(
     objects = {symbol: kernel for symbol, kernel in found.items() if kernel is not None}
     missing = [symbol for symbol in kernels if symbol not in objects]
     progress(len(objects), len(kernels))
+    if missing:
+        load_tvm()
     jobs = [KernelJob(_primfunc(kernels[symbol], target), symbol) for symbol in missing]
     for symbol, kernel in zip(missing, compile_kernels(jobs, target), strict=True):
         objects[symbol] = kernel

@@ -11,7 +11,6 @@ of TVM is needed to call it: no runtime, no thread pool, no workspace allocator.
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from cnnc.backends.cpu.elf_symbols import read_symbols
+from cnnc.backends.load_tvm import load_tvm
 from cnnc.errors import VerifyError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def compile_kernels(jobs: Sequence[KernelJob], target: CpuTarget, threads: int |
     workers = min(len(jobs), threads or len(os.sched_getaffinity(0)))
     if workers <= 1:
         return [_compile(job, target) for job in jobs]
-    import_tvm()
+    load_tvm()
     with ThreadPoolExecutor(workers, thread_name_prefix="codegen") as pool:
         return list(pool.map(lambda job: _compile(job, target), jobs))
 
@@ -103,16 +103,6 @@ def kernel_text(func: Any, symbol: str, target: CpuTarget, form: Literal["tir", 
     return str(module.inspect_source(form))
 
 
-def import_tvm() -> Any:
-    """Import TVM (over a second the first time) with its loggers quiet, and return the package."""
-    os.environ.setdefault("TVM_LOG_DEBUG", "")
-    logging.getLogger("tvm").setLevel(logging.ERROR)
-    logging.getLogger("te_compiler").setLevel(logging.ERROR)
-    import tvm
-
-    return tvm
-
-
 def _compile(job: KernelJob, target: CpuTarget) -> KernelObject:
     module, abi = _to_llvm(job, target)
     code = _object_bytes(module)
@@ -122,13 +112,13 @@ def _compile(job: KernelJob, target: CpuTarget) -> KernelObject:
 
 def _to_llvm(job: KernelJob, target: CpuTarget) -> tuple[Any, Abi]:
     """Lower the job and run LLVM's optimiser over it: TVM's LLVM module, and the ABI."""
-    tvm = import_tvm()
+    tvm = load_tvm()
     mod, abi = _lower(job, target)
     return tvm.get_global_func("target.build.llvm")(mod, _tvm_target(target)), abi
 
 
 def _tvm_target(target: CpuTarget) -> Any:
-    tvm = import_tvm()
+    tvm = load_tvm()
     description = {
         "kind": "llvm",
         "mtriple": "x86_64-unknown-linux-gnu",
@@ -141,7 +131,7 @@ def _tvm_target(target: CpuTarget) -> Any:
 
 def _lower(job: KernelJob, target: CpuTarget) -> tuple[Any, Abi]:
     """Lower a scheduled PrimFunc to flat loops over pointers, with C's calling convention."""
-    tvm = import_tvm()
+    tvm = load_tvm()
     from tvm import s_tir, tirx
 
     from cnnc.backends.cpu.c_abi import Abi, c_function
