@@ -102,7 +102,8 @@ def reshape(x: Value, shape: Sequence[Size]) -> Value:
 
     Raises `ShapeError` for another negative entry, for two -1, and where the count of elements does not fit.
     """
-    return call(Reshape(resolve_shape(x.type, shape)), x)
+    target = resolve_shape(x.type, shape)
+    return x if target == x.shape else call(Reshape(target), x)
 
 
 def resolve_shape(x: TensorType, shape: Sequence[Size]) -> tuple[Size, ...]:

@@ -18,22 +18,28 @@ from cnnc.ir.types import DType, TensorType
 def run_compute(op: Op, types: Sequence[TensorType], arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
     """Compile the expressions and run them once; packs and unpacks blocked tensors, and checks that pad lanes are 0."""
     outputs = infer_types(op, tuple(types))
-    if any(t.elements == 0 for t in outputs):
-        return tuple(np.zeros(t.static_shape, t.dtype.numpy) for t in outputs)
+    computed = [position for position, type_ in enumerate(outputs) if type_.elements]
+    results = [np.zeros(t.static_shape, t.dtype.numpy) for t in outputs]
+    if not computed:
+        return tuple(results)
     inputs = [tvm_te.placeholder(t.physical_shape, TVM_DTYPES[t.dtype], f"x{i}") for i, t in enumerate(types)]
-    results = op.compute(Vocabulary(), [Tensor(x) for x in inputs], tuple(types))
-    raw = [r.raw for r in results]
+    described = op.compute(Vocabulary(), [Tensor(x) for x in inputs], tuple(types))
+    raw = [described[position].raw for position in computed]
     function = tvm_te.create_prim_func([*inputs, *raw]).with_attr("global_symbol", "kernel")
     module = tvm.compile(tvm.IRModule({"kernel": function}), tvm.target.Target({"kind": "llvm", "opt-level": 1}))
+    fed = [tvm.runtime.tensor(_packed(a, t)) for a, t in zip(arrays, types, strict=True)]
     # An element that is never written shows.
-    buffers = [np.full(t.physical_shape, 1 if t.dtype is DType.BOOL else 77, t.dtype.numpy) for t in outputs]
+    made = [outputs[position] for position in computed]
+    buffers = [np.full(t.physical_shape, 1 if t.dtype is DType.BOOL else 77, t.dtype.numpy) for t in made]
     tensors = [tvm.runtime.tensor(b) for b in buffers]
-    module["kernel"](*(tvm.runtime.tensor(_packed(a, t)) for a, t in zip(arrays, types, strict=True)), *tensors)
-    return tuple(_unpacked(x.numpy(), t) for x, t in zip(tensors, outputs, strict=True))
+    module["kernel"](*fed, *tensors)
+    for position, tensor in zip(computed, tensors, strict=True):
+        results[position] = _unpacked(tensor.numpy(), outputs[position])
+    return tuple(results)
 
 
 def _packed(array: np.ndarray, type_: TensorType) -> np.ndarray:
-    return np.ascontiguousarray(array) if type_.layout is None else type_.layout.pack(array)
+    return np.ascontiguousarray(array).reshape(array.shape) if type_.layout is None else type_.layout.pack(array)
 
 
 def _unpacked(array: np.ndarray, type_: TensorType) -> np.ndarray:
