@@ -11,116 +11,26 @@ broadcast against the weights of `vectors` blocks.  Nothing is copied for paddin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product, starmap
 from typing import TYPE_CHECKING, Any
 
+from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, params_of, schedule_of
+from cnnc.backends.cpu.conv_shape import ConvShape, DirectParams, reshaped, segments_of
 from cnnc.backends.cpu.machine import Machine
-from cnnc.backends.cpu.segments import Run, Segment, row_segments, tap_range
+from cnnc.backends.cpu.segments import tap_range
+from cnnc.errors import VerifyError
+from cnnc.ops.blocked import channel_layout, weight_layout
+from cnnc.ops.conv import Conv
+from cnnc.ops.fused import Fused, Schedule
+from cnnc.target import Target
 
 if TYPE_CHECKING:
     from cnnc.backends.cpu.body import Body
 
-__all__ = ["ConvShape", "DirectParams", "build", "cost", "space"]
-
-
-@dataclass(frozen=True)
-class ConvShape:
-    """A convolution: logical sizes, and the channel block of its layouts.
-
-    `pad` is (top, left, bottom, right).  `plain_input`: the input is NCHW and the weight OIHW{block}o.
-    """
-
-    n: int
-    ic: int
-    h: int
-    w: int
-    oc: int
-    kh: int
-    kw: int
-    stride: tuple[int, int] = (1, 1)
-    pad: tuple[int, int, int, int] = (0, 0, 0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    block: int = 16
-    plain_input: bool = False
-
-    @property
-    def oh(self) -> int:
-        """Output rows."""
-        return (self.h + self.pad[0] + self.pad[2] - self.dilation[0] * (self.kh - 1) - 1) // self.stride[0] + 1
-
-    @property
-    def ow(self) -> int:
-        """Output columns."""
-        return (self.w + self.pad[1] + self.pad[3] - self.dilation[1] * (self.kw - 1) - 1) // self.stride[1] + 1
-
-    @property
-    def oc_blocks(self) -> int:
-        """Blocks of output channels, the last one perhaps padded."""
-        return -(-self.oc // self.block)
-
-    @property
-    def ic_blocks(self) -> int:
-        """Blocks of input channels of one group: what the reduction runs over outermost."""
-        channels = self.ic // self.groups
-        return channels if self.plain_input else -(-channels // self.block)
-
-    @property
-    def inner(self) -> int:
-        """Input channels that lie next to each other."""
-        return 1 if self.plain_input else self.block
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """The physical shape of the input."""
-        shape = (self.n, self.ic_blocks * self.groups, self.h, self.w)
-        return shape if self.plain_input else (*shape, self.block)
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """The physical shape of the weight."""
-        shape = (self.oc_blocks, self.ic_blocks, self.kh, self.kw)
-        return (*shape, self.block) if self.plain_input else (*shape, self.block, self.block)
-
-    @property
-    def operand_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The physical shapes of the operands: input and weight."""
-        return (self.input_shape, self.weight_shape)
-
-    @property
-    def output_shape(self) -> tuple[int, ...]:
-        """The physical shape of the output."""
-        return (self.n, self.oc_blocks, self.oh, self.ow, self.block)
-
-    @property
-    def flops(self) -> int:
-        """Floating point operations of the logical convolution, padding counted as data."""
-        return 2 * self.n * self.oc * self.oh * self.ow * (self.ic // self.groups) * self.kh * self.kw
-
-
-@dataclass(frozen=True)
-class DirectParams:
-    """Tile sizes.
-
-    Register tiles have at most `pixels` pixels; a slice computes `oc_tiles` groups of `vectors` blocks of output
-    channels on `rows` rows.  `oc_outer` (0 or 1): whether slices with the same weights follow each other, or
-    those with the same input rows.  `width`, for 1x1 kernels: pixels are taken in rows of this length (else 0).
-    """
-
-    pixels: int
-    vectors: int
-    oc_tiles: int
-    rows: int
-    oc_outer: int = 1
-    width: int = 0
-
-
-def reshaped(shape: ConvShape, params: DirectParams) -> ConvShape:
-    """Give the shape in rows of `params.width` pixels."""
-    return replace(shape, h=shape.h * shape.w // params.width, w=params.width) if params.width else shape
+__all__ = ["ConvDirect", "ConvShape", "DirectParams", "build", "cost", "space"]
 
 
 def is_pointwise(shape: ConvShape) -> bool:
@@ -171,7 +81,7 @@ def cost(shape: ConvShape, params: DirectParams, machine: Machine) -> float:
     rows = shape.n * shape.oc_blocks // params.vectors * shape.oh
     compute = rows * _row_cycles(shape, params.pixels, params.vectors, machine) * waves
     slab = 4.0 * params.vectors * shape.block * channels * shape.kh * shape.kw
-    tiles = sum(segment.count for segment in _segments(shape, params.pixels))
+    tiles = sum(segment.count for segment in segments_of(shape, params.pixels))
     pixels_read = min(params.pixels * shape.stride[1] + shape.kw - 1, shape.w)
     tile_input = 4.0 * pixels_read * channels * shape.kh
     streamed = tile_input + (slab if slab + tile_input > 0.8 * machine.l1 else 0.0)
@@ -200,7 +110,7 @@ def _row_cycles(shape: ConvShape, pixels: int, group: int, machine: Machine) -> 
     """Count the cycles of arithmetic for one row of pixels by one group of output vectors."""
     terms = shape.ic_blocks * shape.inner * _mean_taps(shape)
     cycles = 0.0
-    for segment in _segments(shape, pixels):
+    for segment in segments_of(shape, pixels):
         for vectors, count in machine.vector_parts(segment.pixels, group):
             tile = 12.0 + segment.pixels * vectors + 3.0 * shape.ic_blocks * shape.kh * len(segment.runs)
             for run in segment.runs:
@@ -231,201 +141,66 @@ def _far_bytes(shape: ConvShape, params: DirectParams, machine: Machine, row_blo
 
 
 def build(shape: ConvShape, params: DirectParams, machine: Machine, body: Body) -> Any:
-    """Make the kernel: a PrimFunc of the body's inputs and the output; the operands are x and weight."""
-    return _Emitter(shape, params, machine, body).function()
+    """Make the kernel: a PrimFunc of the body's inputs and the output; the operands begin with x and weight."""
+    from cnnc.backends.cpu.conv_loops import ConvLoops
+
+    return ConvLoops(shape, params, machine, body).function()
 
 
-@lru_cache(4096)
-def _segments(shape: ConvShape, pixels: int) -> tuple[Segment, ...]:
-    return row_segments(shape.w, shape.ow, shape.kw, shape.stride[1], shape.pad[1], shape.dilation[1], pixels)
+@dataclass(frozen=True)
+class ConvDirect:
+    """The template: 2-D convolutions on blocked channels, or from plain input to blocked output."""
+
+    name: str = "conv_direct"
+
+    def matches(self, kernel: Fused, target: Target) -> bool:
+        """Take a convolution with algorithm `direct` whose groups, if any, are whole blocks."""
+        return _shape_of(kernel, target) is not None
+
+    def space(self, kernel: Fused, target: Target) -> Iterable[Schedule]:
+        """Give the tile sizes worth considering."""
+        return (schedule_of(self.name, p) for p in space(_known_shape(kernel, target), machine_of(target)))
+
+    def cost(self, kernel: Fused, schedule: Schedule, target: Target) -> float:
+        """Estimate the seconds of a run."""
+        return cost(_known_shape(kernel, target), params_of(DirectParams, schedule), machine_of(target))
+
+    def build(self, kernel: Fused, schedule: Schedule, target: Target) -> Any:
+        """Make the PrimFunc over the kernel's inputs, then its output."""
+        anchor = anchor_of(kernel, target, "conv")
+        if anchor is None:
+            raise VerifyError(f"{self.name} cannot compute kernel {kernel.anchor}")
+        params = params_of(DirectParams, schedule)
+        return build(_known_shape(kernel, target), params, machine_of(target), body_of(kernel, anchor))
 
 
-class _Emitter:
-    """Writes the loop nest of one convolution."""
-
-    def __init__(self, shape: ConvShape, params: DirectParams, machine: Machine, body: Body) -> None:
-        from cnnc.backends.cpu import loops
-
-        self.t = loops
-        self.params = params
-        self.machine = machine
-        self.body = body.bind(shape.output_shape)
-        self.x, self.weight = self.body.operands
-        self.y = self.body.output()
-        self.logical = shape
-        self.shape = shape = reshaped(shape, params)
-        self.segments = _segments(shape, params.pixels)
-
-    def function(self) -> Any:
-        shape, params = self.shape, self.params
-        row_blocks = -(-shape.oh // params.rows)
-        oc_slices = shape.oc_blocks // (params.vectors * params.oc_tiles)
-
-        def one_slice(index: Any) -> Any:
-            if params.oc_outer:
-                image, oc, rows = index // (oc_slices * row_blocks), index // row_blocks % oc_slices, index % row_blocks
-            else:
-                image, rows, oc = index // (oc_slices * row_blocks), index // oc_slices % row_blocks, index % oc_slices
-            return self._slice(image, oc, rows)
-
-        body = self.t.parallel(shape.n * oc_slices * row_blocks, one_slice)
-        return self.t.function([*self.body.inputs, self.y], body)
-
-    def _slice(self, image: Any, oc: Any, row_block: Any) -> Any:
-        from tvm import tirx
-
-        shape, params = self.shape, self.params
-        first = row_block * params.rows
-        exact = shape.oh % params.rows == 0
-        rows: Any = params.rows if exact else tirx.min(self.t.const(params.rows), shape.oh - first)
-        return self.t.loop(
-            params.oc_tiles,
-            lambda tile: self.t.loop(
-                rows,
-                lambda row: self._row(image, (oc * params.oc_tiles + tile) * params.vectors, first + row),
-                "row",
-            ),
-            "oc_tile",
-        )
-
-    def _row(self, image: Any, oc: Any, row: Any) -> Any:
-        return self.t.sequence(
-            *(
-                self.t.loop(
-                    segment.count,
-                    lambda tile, s=segment: self._tiles(image, oc, row, s.start + tile * s.pixels, s),
-                    "tile",
-                )
-                for segment in self.segments
-            )
-        )
-
-    def _tiles(self, image: Any, oc: Any, row: Any, column: Any, segment: Segment) -> Any:
-        """Compute a tile of pixels for all vectors of the group, as many at a time as registers allow."""
-
-        def part(first: int, vectors: int, count: int) -> Any:
-            def tile(index: Any) -> Any:
-                return self._tile(image, oc + first + index * vectors, row, column, segment, vectors)
-
-            return self.t.loop(count, tile, "part")
-
-        statements, first = [], 0
-        for vectors, count in self.machine.vector_parts(segment.pixels, self.params.vectors):
-            statements.append(part(first, vectors, count))
-            first += vectors * count
-        return self.t.sequence(*statements)
-
-    def _tile(self, image: Any, oc: Any, row: Any, column: Any, segment: Segment, vectors: int) -> Any:
-        from tvm import tirx
-
-        t, shape = self.t, self.shape
-        block = shape.block
-        sums = t.buffer("sums", (vectors, segment.pixels, block), scope="local")
-
-        def start(v: Any, p: Any) -> Any:
-            zero = tirx.Broadcast(tirx.const(0.0, "float32"), block)
-            return t.store(sums, zero, v, p, 0, lanes=block)
-
-        group = oc // (shape.oc_blocks // shape.groups)
-
-        def reduce(channel: Any) -> Any:
-            return self._kernel_rows(sums, image, oc, row, column, segment, group * shape.ic_blocks + channel, channel)
-
-        def finish(v: Any, p: Any) -> Any:
-            def lane(c: Any) -> Any:
-                at = (image, oc + v, *self._position(row, column + p), c)
-                value = self.body.value(t.load(sums, v, p, c), at)
-                if shape.oc % block:
-                    inside = (oc + v) * block + c < shape.oc
-                    value = tirx.Select(inside, value, tirx.const(0, self.y.dtype))
-                return t.store(self.y, value, *at)
-
-            return t.vectorized(block, lane)
-
-        def each(body: Any) -> Any:
-            return t.unrolled(vectors, lambda v: t.unrolled(segment.pixels, lambda p: body(v, p), "p"), "v")
-
-        return t.sequence(t.alloc(sums), each(start), t.loop(shape.ic_blocks, reduce, "channel"), each(finish))
-
-    def _position(self, row: Any, column: Any) -> tuple[Any, Any]:
-        """Give a pixel in the rows of the tensors, which those of the loops may not be."""
-        if not self.params.width:
-            return row, column
-        flat = row * self.params.width + column
-        return flat // self.logical.w, flat % self.logical.w
-
-    def _kernel_rows(
-        self, sums: Any, image: Any, oc: Any, row: Any, column: Any, segment: Segment, x_channel: Any, channel: Any
-    ) -> Any:
-        """Loop over the kernel rows that read input rows, not padding."""
-        from tvm import tirx
-
-        t, shape = self.t, self.shape
-        stride, pad, dilation = shape.stride[0], shape.pad[0], shape.dilation[0]
-        top = row * stride - pad
-
-        def kernel_row(tap: Any) -> Any:
-            x_row = top + tap * dilation
-            return t.sequence(
-                *(self._run(sums, (image, x_channel, x_row), (oc, channel, tap), column, run) for run in segment.runs)
-            )
-
-        if not any(tap_padding(shape)):
-            return t.loop(shape.kh, kernel_row, "kernel_row")
-        zero, rows = t.const(0), t.const(shape.h)
-        first = tirx.max(zero, (dilation - 1 - top) // dilation)
-        last = tirx.min(t.const(shape.kh), (rows - top + dilation - 1) // dilation)
-        return t.loop(last - first, kernel_row, "kernel_row", first)
-
-    def _run(self, sums: Any, x_at: tuple[Any, ...], w_at: tuple[Any, ...], column: Any, run: Run) -> Any:
-        """Add what a run of kernel columns contributes."""
-        from tvm import tirx
-
-        t, shape = self.t, self.shape
-        inner, block = shape.inner, shape.block
-        vectors = int(sums.shape[0])
-        image, x_channel, row = x_at
-        oc, channel, kernel_row = w_at
-
-        def taps(count: int, first: Any) -> Any:
-            """Run over kernel columns that read neighbouring pixels: those and inner channels are one axis."""
-            origin = column * shape.stride[1] - shape.pad[1] + first * shape.dilation[1]
-
-            def term(k: Any) -> Any:
-                def one(p: Any, v: Any) -> Any:
-                    x = self._input(image, x_channel, row, origin + p * shape.stride[1], k)
-                    lane = () if shape.plain_input else (k % inner,)
-                    w = t.load(self.weight, oc + v, channel, kernel_row, first + k // inner, *lane, 0, lanes=block)
-                    total = t.load(sums, v, p, 0, lanes=block) + tirx.Broadcast(x, block) * w
-                    return t.store(sums, total, v, p, 0, lanes=block)
-
-                pixels = run.end - run.begin
-                # The innermost loop runs over the smaller side, whose operands stay in registers.
-                if vectors > pixels:
-                    return t.unrolled(vectors, lambda v: t.unrolled(pixels, lambda p: one(p, v), "p", run.begin), "v")
-                return t.unrolled(pixels, lambda p: t.unrolled(vectors, lambda v: one(p, v), "v"), "p", run.begin)
-
-            length = count * inner
-            step = math.gcd(length, UNROLL)
-            return t.loop(length // step, lambda k: t.unrolled(step, lambda u: term(k * step + u)), "k")
-
-        if shape.dilation[1] == 1:
-            return taps(run.last - run.first, t.const(run.first))
-        return t.loop(run.last - run.first, lambda tap: taps(1, tap), "kernel_column", run.first)
-
-    def _input(self, image: Any, channel: Any, row: Any, column: Any, k: Any) -> Any:
-        """Read the input value `k` channels, and pixels beyond them, after the first channel of a pixel."""
-        if self.shape.plain_input:
-            return self.t.load(self.x, image, channel, *self._position(row, column + k))
-        lanes = self.shape.block
-        return self.t.load(self.x, image, channel, *self._position(row, column + k // lanes), k % lanes)
+def _known_shape(kernel: Fused, target: Target) -> ConvShape:
+    shape = _shape_of(kernel, target)
+    if shape is None:
+        raise VerifyError(f"conv_direct cannot compute kernel {kernel.anchor}")
+    return shape
 
 
-UNROLL = 2
-"""Input channels for each turn of the innermost loop."""
-
-
-def tap_padding(shape: ConvShape) -> tuple[bool, bool]:
-    """Tell whether some output row reads above the input, or below it."""
-    lowest = (shape.oh - 1) * shape.stride[0] - shape.pad[0] + (shape.kh - 1) * shape.dilation[0]
-    return shape.pad[0] > 0, lowest >= shape.h
+def _shape_of(kernel: Fused, target: Target) -> ConvShape | None:
+    """Give the convolution of a kernel, if this template can compute it."""
+    anchor = anchor_of(kernel, target, "conv")
+    if anchor is None or not isinstance(anchor.op, Conv) or anchor.op.algorithm != "direct":
+        return None
+    op, x, w, block = anchor.op, anchor.inputs[0].type, anchor.inputs[1].type, target.vector_lanes
+    plain = x.layout is None
+    if x.rank != 4 or w.layout != weight_layout(4, 1 if plain else block, block):
+        return None
+    if not plain and x.layout != channel_layout(4, block):
+        return None
+    (oc, group_in, kh, kw), (n, ic, height, width) = w.static_shape, x.static_shape
+    if op.groups > 1 and (plain or group_in % block or oc // op.groups % block):
+        return None
+    return ConvShape(
+        *(n, ic, height, width, oc, kh, kw),
+        stride=(op.stride[0], op.stride[1]),
+        pad=(op.pad[0], op.pad[1], op.pad[2], op.pad[3]),
+        dilation=(op.dilation[0], op.dilation[1]),
+        groups=op.groups,
+        block=block,
+        plain_input=plain,
+    )

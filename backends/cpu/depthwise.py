@@ -9,17 +9,25 @@ costs less than expanding the groups to blocks of zeros would.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, params_of, schedule_of
 from cnnc.backends.cpu.machine import Machine
+from cnnc.backends.cpu.segments import row_segments
+from cnnc.backends.cpu.window_shape import WindowShape
+from cnnc.errors import VerifyError
+from cnnc.ir.graph import Node
+from cnnc.ops.blocked import channel_layout, weight_layout
+from cnnc.ops.conv import Conv
+from cnnc.ops.fused import Fused, Schedule
+from cnnc.target import Target
 
 if TYPE_CHECKING:
     from cnnc.backends.cpu.body import Body
-    from cnnc.backends.cpu.windows import WindowShape
 
-__all__ = ["DepthwiseParams", "build", "cost", "space", "weight_shape"]
+__all__ = ["Depthwise", "DepthwiseParams", "build", "cost", "space", "weight_shape"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,6 @@ def space(shape: WindowShape, machine: Machine) -> Iterator[DepthwiseParams]:
 
 def cost(shape: WindowShape, group: int, params: DepthwiseParams, machine: Machine) -> float:
     """Estimate the seconds the kernel takes on all threads of the machine."""
-    from cnnc.backends.cpu.segments import row_segments
-
     cycles = 0.0
     for segment in row_segments(
         shape.w, shape.ow, shape.kw, shape.stride[1], shape.pad[1], shape.dilation[1], params.pixels
@@ -69,7 +75,7 @@ def cost(shape: WindowShape, group: int, params: DepthwiseParams, machine: Machi
 
 
 def build(shape: WindowShape, group: int, params: DepthwiseParams, body: Body) -> Any:
-    """Make the kernel: a PrimFunc of the body's inputs and the output; the operands are x and weight."""
+    """Make the kernel: a PrimFunc of the body's inputs and the output; the operands begin with x and weight."""
     from tvm import tirx
 
     from cnnc.backends.cpu import loops
@@ -86,3 +92,58 @@ def build(shape: WindowShape, group: int, params: DepthwiseParams, body: Body) -
         return total
 
     return window_kernel(shape, bound, params.pixels, params.rows, 0.0, step)
+
+
+@dataclass(frozen=True)
+class Depthwise:
+    """The template: 2-D convolutions whose groups lie inside a block of channels."""
+
+    name: str = "depthwise"
+
+    def matches(self, kernel: Fused, target: Target) -> bool:
+        """Take a convolution with as many output as input channels and a weight in OIHW{block}o."""
+        return _find(kernel, target) is not None
+
+    def space(self, kernel: Fused, target: Target) -> Iterable[Schedule]:
+        """Give the tile sizes worth considering."""
+        _, shape, _ = _known(kernel, target)
+        return (schedule_of(self.name, params) for params in space(shape, machine_of(target)))
+
+    def cost(self, kernel: Fused, schedule: Schedule, target: Target) -> float:
+        """Estimate the seconds of a run."""
+        _, shape, group = _known(kernel, target)
+        return cost(shape, group, params_of(DepthwiseParams, schedule), machine_of(target))
+
+    def build(self, kernel: Fused, schedule: Schedule, target: Target) -> Any:
+        """Make the PrimFunc over the kernel's inputs, then its output."""
+        anchor, shape, group = _known(kernel, target)
+        return build(shape, group, params_of(DepthwiseParams, schedule), body_of(kernel, anchor))
+
+
+def _known(kernel: Fused, target: Target) -> tuple[Node, WindowShape, int]:
+    found = _find(kernel, target)
+    if found is None:
+        raise VerifyError(f"depthwise cannot compute kernel {kernel.anchor}")
+    return found
+
+
+def _find(kernel: Fused, target: Target) -> tuple[Node, WindowShape, int] | None:
+    """Give the convolution, its windows and the channels of a group, if this template can compute it."""
+    anchor = anchor_of(kernel, target, "conv")
+    if anchor is None or not isinstance(anchor.op, Conv) or anchor.op.algorithm != "direct":
+        return None
+    op, x, w, block = anchor.op, anchor.inputs[0].type, anchor.inputs[1].type, target.vector_lanes
+    if x.rank != 4 or x.layout != channel_layout(4, block) or w.layout != weight_layout(4, 1, block):
+        return None
+    (channels, group, kh, kw), (n, ic, height, width) = w.static_shape, x.static_shape
+    if channels != ic or ic != op.groups * group or block % group:
+        return None
+    _, _, oh, ow = anchor.types[0].static_shape
+    shape = WindowShape(
+        *(n, channels, height, width, oh, ow, kh, kw),
+        stride=(op.stride[0], op.stride[1]),
+        pad=(op.pad[0], op.pad[1]),
+        dilation=(op.dilation[0], op.dilation[1]),
+        block=block,
+    )
+    return anchor, shape, group

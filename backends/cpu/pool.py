@@ -8,18 +8,26 @@ A NaN in a window is its maximum and minimum.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, params_of, schedule_of
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.segments import row_segments
+from cnnc.backends.cpu.window_shape import WindowShape
+from cnnc.errors import VerifyError
+from cnnc.ir.graph import Node
+from cnnc.ops.blocked import channel_layout
+from cnnc.ops.fused import Fused, Schedule
+from cnnc.ops.pool import AveragePool, MaxPool, MinPool
+from cnnc.ops.reduce import ReduceMax, ReduceMean, ReduceMin, ReduceSum
+from cnnc.target import Target
 
 if TYPE_CHECKING:
     from cnnc.backends.cpu.body import Body
-    from cnnc.backends.cpu.windows import WindowShape
 
-__all__ = ["PoolKind", "PoolParams", "build", "build_global", "cost", "space"]
+__all__ = ["GlobalPool", "Pool", "PoolKind", "PoolParams", "build", "build_global", "cost", "space"]
 
 PoolKind = Literal["max", "min", "sum"]
 
@@ -86,16 +94,21 @@ def build_global(shape: WindowShape, kind: PoolKind, body: Body) -> Any:
             return loops.store(parts, total, part, 0, lanes=shape.block)
 
         def clear(part: Any) -> Any:
-            return loops.store(parts, tirx.Broadcast(tirx.const(_START[kind], "float32"), shape.block), part, 0, lanes=shape.block)
+            return loops.store(
+                parts, tirx.Broadcast(tirx.const(_START[kind], "float32"), shape.block), part, 0, lanes=shape.block
+            )
 
         def turn(first: Any) -> Any:
             return loops.unrolled(chains, lambda part: add(part, first * chains + part), "part")
 
-        def merge(lane: Any) -> Any:
-            total = loops.load(parts, 0, lane)
-            for part in range(1, chains):
-                total = _combine(kind, total, loops.load(parts, part, lane))
-            value = bound.value(total, (image, block, 0, 0, lane))
+        def merge(part: int) -> Any:
+            """Combine two chains, one statement each: nested in one expression they would double at every step."""
+            rest = loops.load(parts, part, 0, lanes=shape.block)
+            total = _combine(kind, loops.load(parts, 0, 0, lanes=shape.block), rest)
+            return loops.store(parts, total, 0, 0, lanes=shape.block)
+
+        def finish(lane: Any) -> Any:
+            value = bound.value(loops.load(parts, 0, lane), (image, block, 0, 0, lane))
             if shape.c % shape.block:
                 value = tirx.Select(block * shape.block + lane < shape.c, value, tirx.const(0, y.dtype))
             return loops.store(y, value, image, block, 0, 0, lane)
@@ -106,7 +119,8 @@ def build_global(shape: WindowShape, kind: PoolKind, body: Body) -> Any:
             loops.unrolled(chains, clear, "part"),
             loops.loop(pixels // chains, turn, "turn"),
             loops.unrolled(pixels - done, lambda part: add(part, done + part), "rest") if done < pixels else None,
-            loops.vectorized(shape.block, merge),
+            *(merge(part) for part in range(1, chains)),
+            loops.vectorized(shape.block, finish),
         )
 
     return loops.function([*bound.inputs, y], loops.parallel(shape.n * shape.blocks, one_slice))
@@ -126,3 +140,114 @@ def _combine(kind: PoolKind, total: Any, x: Any) -> Any:
     # Maximum and minimum instructions give their second operand if either is NaN: right for a NaN in x.
     better = tirx.max(total, x) if kind == "max" else tirx.min(total, x)
     return tirx.Select(tirx.isnan(total), total, better)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The template: maximum, minimum and average of windows over 2-D images."""
+
+    name: str = "pool"
+
+    def matches(self, kernel: Fused, target: Target) -> bool:
+        """Take a pool on blocked channels."""
+        return _find(kernel, target) is not None
+
+    def space(self, kernel: Fused, target: Target) -> Iterable[Schedule]:
+        """Give the tile sizes worth considering."""
+        return (schedule_of(self.name, params) for params in space(_known(kernel, target)[1], machine_of(target)))
+
+    def cost(self, kernel: Fused, schedule: Schedule, target: Target) -> float:
+        """Estimate the seconds of a run."""
+        return cost(_known(kernel, target)[1], params_of(PoolParams, schedule), machine_of(target))
+
+    def build(self, kernel: Fused, schedule: Schedule, target: Target) -> Any:
+        """Make the PrimFunc over the kernel's inputs, then its output."""
+        anchor, shape, kind = _known(kernel, target)
+        return build(shape, kind, params_of(PoolParams, schedule), body_of(kernel, anchor))
+
+
+@dataclass(frozen=True)
+class GlobalPool:
+    """The template: maximum, minimum, sum and mean of whole images."""
+
+    name: str = "pool_global"
+
+    def matches(self, kernel: Fused, target: Target) -> bool:
+        """Take a reduction over both spatial axes, or a pool whose one window is the image."""
+        return _find_global(kernel, target) is not None
+
+    def space(self, kernel: Fused, target: Target) -> Iterable[Schedule]:
+        """Give the one schedule there is."""
+        return (Schedule(self.name),)
+
+    def cost(self, kernel: Fused, schedule: Schedule, target: Target) -> float:
+        """Estimate the seconds of a run: an addition for each vector of the input."""
+        shape, machine = _known_global(kernel, target)[1], machine_of(target)
+        vectors = shape.n * shape.blocks * (shape.h * shape.w + 20)
+        return vectors / min(machine.threads, shape.n * shape.blocks) / machine.hertz
+
+    def build(self, kernel: Fused, schedule: Schedule, target: Target) -> Any:
+        """Make the PrimFunc over the kernel's inputs, then its output."""
+        anchor, shape, kind = _known_global(kernel, target)
+        return build_global(shape, kind, body_of(kernel, anchor))
+
+
+Found = tuple[Node, WindowShape, PoolKind]
+
+_KINDS: dict[type, PoolKind] = {
+    **{MaxPool: "max", MinPool: "min", AveragePool: "sum"},
+    **{ReduceMax: "max", ReduceMin: "min", ReduceSum: "sum", ReduceMean: "sum"},
+}
+
+
+def _known(kernel: Fused, target: Target) -> Found:
+    found = _find(kernel, target)
+    if found is None:
+        raise VerifyError(f"pool cannot compute kernel {kernel.anchor}")
+    return found
+
+
+def _known_global(kernel: Fused, target: Target) -> Found:
+    found = _find_global(kernel, target)
+    if found is None:
+        raise VerifyError(f"pool_global cannot compute kernel {kernel.anchor}")
+    return found
+
+
+def _find(kernel: Fused, target: Target) -> Found | None:
+    """Give the pool, its windows and what it computes, if it is one this file can."""
+    anchor = anchor_of(kernel, target, "max_pool", "min_pool", "average_pool")
+    if anchor is None or not isinstance(anchor.op, MaxPool | MinPool | AveragePool):
+        return None
+    op, x = anchor.op, anchor.inputs[0].type
+    if x.rank != 4 or x.layout != channel_layout(4, target.vector_lanes):
+        return None
+    (n, channels, height, width), (_, _, oh, ow) = x.static_shape, anchor.types[0].static_shape
+    shape = WindowShape(
+        *(n, channels, height, width, oh, ow, op.kernel[0], op.kernel[1]),
+        stride=(op.stride[0], op.stride[1]),
+        pad=(op.pad[0], op.pad[1]),
+        dilation=(op.dilation[0], op.dilation[1]),
+        block=target.vector_lanes,
+    )
+    return anchor, shape, _KINDS[type(op)]
+
+
+def _find_global(kernel: Fused, target: Target) -> Found | None:
+    """Give the reduction of whole images, if the kernel is one."""
+    pool = _find(kernel, target)
+    if pool is not None:
+        shape = pool[1]
+        whole = (shape.oh, shape.ow, shape.kh, shape.kw) == (1, 1, shape.h, shape.w)
+        return pool if whole and shape.pad == (0, 0) and shape.dilation == (1, 1) else None
+    anchor = anchor_of(kernel, target, "reduce_max", "reduce_min", "reduce_sum", "reduce_mean")
+    if anchor is None or not isinstance(anchor.op, ReduceMax | ReduceMin | ReduceSum | ReduceMean):
+        return None
+    x = anchor.inputs[0].type
+    if x.rank != 4 or x.layout != channel_layout(4, target.vector_lanes):
+        return None
+    if anchor.op.axes != (2, 3) or not anchor.op.keepdims:
+        return None
+    n, channels, height, width = x.static_shape
+    shape = WindowShape(n, channels, height, width, 1, 1, height, width, block=target.vector_lanes)
+    return anchor, shape, _KINDS[type(anchor.op)]

@@ -9,7 +9,6 @@ A register tile is a few neighbours in a row of one channel block.  Windows at t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -17,44 +16,9 @@ from tvm import tirx
 from cnnc.backends.cpu import loops
 from cnnc.backends.cpu.body import BoundBody
 from cnnc.backends.cpu.segments import Run, Segment, row_segments
+from cnnc.backends.cpu.window_shape import WindowShape
 
-__all__ = ["Step", "WindowShape", "window_kernel"]
-
-
-@dataclass(frozen=True)
-class WindowShape:
-    """Windows over channels in blocks: logical sizes, and output sizes, which rounding modes may decide.
-
-    `pad` is (top, left); what lies beyond the input after it needs no mention.
-    """
-
-    n: int
-    c: int
-    h: int
-    w: int
-    oh: int
-    ow: int
-    kh: int
-    kw: int
-    stride: tuple[int, int] = (1, 1)
-    pad: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    block: int = 16
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of channels, the last one perhaps padded."""
-        return -(-self.c // self.block)
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """The physical shape of the input."""
-        return (self.n, self.blocks, self.h, self.w, self.block)
-
-    @property
-    def output_shape(self) -> tuple[int, ...]:
-        """The physical shape of the output."""
-        return (self.n, self.blocks, self.oh, self.ow, self.block)
+__all__ = ["Step", "window_kernel"]
 
 
 Step = Callable[[Any, Any, Any, Any, Any], Any]

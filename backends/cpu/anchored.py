@@ -1,0 +1,103 @@
+"""Kernels with an anchor: what templates that compute one operator, and what follows it in registers, share."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cnnc.backends.cpu.machine import Machine
+from cnnc.errors import VerifyError
+from cnnc.ir.graph import Node
+from cnnc.ir.op import Kind
+from cnnc.ir.types import DType
+from cnnc.ops.fused import Fused, Schedule
+from cnnc.target import Target
+
+if TYPE_CHECKING:
+    from cnnc.backends.cpu.body import Body
+
+__all__ = ["anchor_of", "body_of", "machine_of", "params_of", "schedule_of"]
+
+Params = TypeVar("Params")
+
+
+def machine_of(target: Target) -> Machine:
+    """Give what cost models and register tiles need to know of a target."""
+    return Machine(
+        lanes=target.vector_lanes,
+        registers=target.vector_registers,
+        l1=target.caches.l1,
+        l2=target.caches.l2,
+        threads=target.threads,
+    )
+
+
+def schedule_of(name: str, params: Any) -> Schedule:
+    """Write a template's parameters, a dataclass of integers, as a schedule."""
+    return Schedule(name, tuple((field.name, getattr(params, field.name)) for field in fields(params)))
+
+
+def params_of(kind: type[Params], schedule: Schedule) -> Params:
+    """Read back what `schedule_of` wrote."""
+    return kind(**dict(schedule.params))
+
+
+def anchor_of(kernel: Fused, target: Target, *names: str) -> Node | None:
+    """Give the operator of one of these names that a kernel is about, if the rest can follow it in registers.
+
+    That is: everything is float32 of fixed, non-empty shape, the anchor reads inputs of the kernel, and every
+    operator that depends on it is elementwise, in its shape and layout.
+    """
+    body = kernel.body
+    if target.kind != "cpu" or len(body.outputs) != 1:
+        return None
+    nodes = [
+        node for node in body.nodes if node.op.kind >= Kind.REDUCTION and node.op.name not in ("input", "constant")
+    ]
+    if len(nodes) != 1 or nodes[0].op.name not in names or len(nodes[0].types) != 1:
+        return None
+    anchor = nodes[0]
+    types = [type_ for node in body.nodes for type_ in node.types]
+    if any(not t.is_static or t.dtype is not DType.F32 or 0 in t.static_shape for t in types):
+        return None
+    inputs = set(body.inputs)
+    if not all(value in inputs for value in anchor.inputs):
+        return None
+    result = anchor.types[0]
+    dependent = {anchor}
+    for node in body.nodes:
+        if not any(value.node in dependent for value in node.inputs):
+            continue
+        same = len(node.types) == 1 and node.types[0] == result
+        if node.op.kind is not Kind.ELEMENTWISE or not same:
+            return None
+        dependent.add(node)
+    return anchor if body.outputs[0].node in dependent else None
+
+
+def body_of(kernel: Fused, anchor: Node) -> Body:
+    """Give the tensor expressions of a kernel, the anchor being its one reduction."""
+    from cnnc.backends.cpu.body import Body
+    from cnnc.backends.lower.kernel import lower_kernel
+
+    lowered = lower_kernel(kernel)
+    final = lowered.outputs[0]
+    placeholders = dict(zip(kernel.body.inputs, lowered.inputs, strict=True))
+    operands = tuple(placeholders[value] for value in anchor.inputs)
+    return Body(lowered.inputs, operands, _reduction(final), final)
+
+
+def _reduction(final: Any) -> Any:
+    """Find the stage that reduces, among those a tensor is computed from."""
+    from tvm import te
+
+    pending, seen = [final], set()
+    while pending:
+        tensor = pending.pop()
+        if tensor in seen or not isinstance(tensor.op, te.ComputeOp):
+            continue
+        if tensor.op.reduce_axis:
+            return tensor
+        seen.add(tensor)
+        pending.extend(tensor.op.input_tensors)
+    raise VerifyError(f"kernel {final.op.name}: none of its stages reduces")
