@@ -5,11 +5,14 @@ The tile pass takes, for each kernel, the cheapest schedule of the templates tha
 
 from __future__ import annotations
 
+from cnnc.backends.cpu.conv_direct import ConvDirect
+from cnnc.backends.cpu.depthwise import Depthwise
 from cnnc.backends.cpu.generic import Generic
+from cnnc.backends.cpu.pool import GlobalPool, Pool
 from cnnc.backends.cpu.template import Template
 from cnnc.errors import VerifyError
 
-TEMPLATES: tuple[Template, ...] = (Generic(),)
+TEMPLATES: tuple[Template, ...] = (ConvDirect(), Depthwise(), Pool(), GlobalPool(), Generic())
 
 
 def template(name: str) -> Template:
