@@ -37,8 +37,9 @@ def check_output(path: Path, emit: Sequence[str]) -> None:
 
 def write(build: Build, path: Path, emit: Sequence[str]) -> list[Path]:
     """Write the kinds asked for beside each other, `path` with its suffix for each; gives the files written."""
-    from cnnc.backends.host.header import write_header
+    from cnnc.backends.host.header import emit_header
     from cnnc.backends.host.link import build_executable, build_object, build_shared
+    from cnnc.backends.host.publish import publish
 
     check_output(path, emit)
     written = []
@@ -49,7 +50,7 @@ def write(build: Build, path: Path, emit: Sequence[str]) -> list[Path]:
         if kind == "so":
             build_shared(build.program, build.objects, file)
         elif kind == "header":
-            write_header(build.program, file)
+            publish(file, emit_header(build.program).encode())
         elif kind == "exe":
             build_executable(build.program, build.objects, file)
         elif kind == "obj":

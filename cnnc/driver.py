@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -40,7 +40,8 @@ class Options:
 
     `shapes` and `batch` fix sizes an ONNX model leaves open; `level` is the optimisation level 0..3; `passes`
     replaces the pipeline of that level; `dump_ir` is a folder for the IR after each pass that changed it;
-    `cache` off compiles every kernel anew.
+    `cache` off compiles every kernel anew; `name` is what the C functions begin with, by default the name of the
+    ONNX file or of the network.
     """
 
     target: str = "cpu"
@@ -52,6 +53,7 @@ class Options:
     dump_ir: Path | None = None
     limits: Limits = field(default_factory=Limits)
     cache: bool = True
+    name: str | None = None
 
     def effective(self) -> dict[str, Any]:
         """Give the options that decide what the binary does, as they are stored inside it."""
@@ -103,6 +105,7 @@ def compile(
     dump_ir: str | os.PathLike[str] | None = None,
     limits: Limits | None = None,
     cache: bool = True,
+    name: str | None = None,
     report: Report | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> Module:
@@ -122,6 +125,7 @@ def compile(
         dump_ir=Path(dump_ir) if dump_ir is not None else None,
         limits=limits or Limits(),
         cache=cache,
+        name=name,
     )
     report = Report() if report is None else report
     with _phase(report, "import", progress):
@@ -142,7 +146,8 @@ def load(path: str | os.PathLike[str], *, threads: int = 1) -> Module:
 def load_graph(source: Source, options: Options | None = None) -> Graph:
     """Turn any source into a verified graph, without optimising it."""
     options = Options() if options is None else options
-    return verify(_import(source, options), "import")
+    graph = verify(_import(source, options), "import")
+    return replace(graph, name=options.name) if options.name else graph
 
 
 def lower(graph: Graph, options: Options, report: Report) -> Lowered:
@@ -213,7 +218,8 @@ def _import_onnx(source: Any, options: Options) -> Graph:
     from cnnc.frontends.onnx import import_model
 
     shapes = {name: tuple(shape) for name, shape in options.shapes.items()}
-    return import_model(source, shapes=shapes or None, batch=options.batch, limits=options.limits)
+    graph = import_model(source, shapes=shapes or None, batch=options.batch, limits=options.limits)
+    return replace(graph, name=Path(source).stem) if isinstance(source, str) else graph
 
 
 def _read_ir(path: Path) -> Graph:

@@ -65,8 +65,8 @@ def options_of(arguments: dict[str, Any]) -> Options:
     )
 
 
-def open_model(model: str, arguments: dict[str, Any]) -> Opened:
-    """Load a binary, or compile a model with progress on stderr."""
+def open_model(model: str, arguments: dict[str, Any], name: str | None = None) -> Opened:
+    """Load a binary, or compile a model (under another name, if one is given) with progress on stderr."""
     start = time.perf_counter()
     if model.endswith(".so"):
         module = load(model, threads=arguments.get("threads", 1))
@@ -84,6 +84,7 @@ def open_model(model: str, arguments: dict[str, Any]) -> Opened:
             passes=options.passes,
             dump_ir=options.dump_ir,
             cache=options.cache,
+            name=name,
             report=report,
             progress=phases,
         )

@@ -33,7 +33,7 @@ def command(
     check_output(output, kinds)
     if model.endswith(".so"):
         raise UsageError(f"{model} is compiled already")
-    opened = open_model(model, arguments)
+    opened = open_model(model, arguments, name=output.stem)
     report = opened.report or Report()
     linking = time.perf_counter()
     files = opened.module.save(output, emit=kinds)
