@@ -53,7 +53,7 @@ from cnnc.frontends.dsl.pooling import (
 from cnnc.frontends.dsl.scope import scope
 from cnnc.frontends.dsl.shaping import concat, crop, flatten, pad, reshape, split, transpose
 from cnnc.frontends.dsl.tensor import Tensor, apply, apply_all
-from cnnc.frontends.dsl.upsampling import conv_transpose, depth_to_space, space_to_depth
+from cnnc.frontends.dsl.upsampling import conv_transpose, depth_to_space, resize, space_to_depth, upsample
 
 __all__ = [
     "Branches",
@@ -112,6 +112,7 @@ __all__ = [
     "relu",
     "relu6",
     "reshape",
+    "resize",
     "scope",
     "sharpen",
     "sigmoid",
@@ -122,4 +123,5 @@ __all__ = [
     "split",
     "tanh",
     "transpose",
+    "upsample",
 ]

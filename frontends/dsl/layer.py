@@ -181,9 +181,7 @@ class LayerKind(Composable, Generic[P]):
             self.__signature__.bind(*args, **options)
         except TypeError as error:
             plain = [p.replace(annotation=p.empty) for p in self.__signature__.parameters.values()]
-            raise ModelError(
-                f"{self.name}: {error}; it is {self.name}{inspect.Signature(plain)}{trace(user_lines())}"
-            ) from None
+            raise ModelError(f"{self.name}: {error}; it is {self.name}{inspect.Signature(plain)}{trace()}") from None
         return Layer(self, args, options, current_scope(), user_lines())
 
     def __repr__(self) -> str:
@@ -210,7 +208,7 @@ def as_function(piece: object) -> Function:
     if isinstance(piece, Tensor) or not callable(piece):
         raise ModelError(
             f"a layer or a function of one tensor is wanted, not {piece!r};"
-            f" + and * bind tighter than >>, so a sum is written (x >> layer) + y{trace(user_lines())}"
+            f" + and * bind tighter than >>, so a sum is written (x >> layer) + y{trace()}"
         )
     return piece
 

@@ -48,10 +48,10 @@ def user_lines(most: int = 4) -> tuple[Line, ...]:
     return tuple(lines)
 
 
-def trace(lines: tuple[Line, ...]) -> str:
-    """Write lines under an error message: where it is, and from where that was called."""
+def trace(lines: tuple[Line, ...] = ()) -> str:
+    """Write lines under an error message: where it is, from where that was called, and what is running now."""
     text = ""
-    for line in lines:
+    for line in dict.fromkeys(lines + user_lines()):
         inside = "" if line.function.startswith("<") else f", in {line.function}"
         text += f"\n  {'from' if text else 'at'} {line}{inside}"
     return text

@@ -16,7 +16,7 @@ from cnnc.errors import ModelError, UsageError
 from cnnc.frontends.dsl.draft import Applied, Draft
 from cnnc.frontends.dsl.initial import RESIDUAL, Initial, residual_gammas
 from cnnc.frontends.dsl.layer import Composable
-from cnnc.frontends.dsl.lines import trace, user_lines
+from cnnc.frontends.dsl.lines import trace
 from cnnc.frontends.dsl.scope import current_scope
 from cnnc.frontends.dsl.tensor import Tensor
 from cnnc.frontends.dsl.weights import checked_weights, read_weights, write_weights
@@ -233,8 +233,7 @@ def _outputs(name: str, result: Any) -> tuple[tuple[Value, ...], tuple[str, ...]
     tensors = tensors if isinstance(tensors, tuple | list) else (tensors,)
     if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
         raise ModelError(
-            f"network {name}: returns tensors, alone, in a tuple or in a dictionary, not {result!r}"
-            f"{trace(user_lines())}"
+            f"network {name}: returns tensors, alone, in a tuple or in a dictionary, not {result!r}{trace()}"
         )
     names = tuple(map(str, result)) if isinstance(result, Mapping) else ()
     return tuple(tensor.value for tensor in tensors), names

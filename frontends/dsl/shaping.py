@@ -7,7 +7,7 @@ from typing import Any, overload
 
 from cnnc.errors import ModelError, ShapeError
 from cnnc.frontends.dsl.layer import Branches, Function, Site, as_function, layer
-from cnnc.frontends.dsl.lines import trace, user_lines
+from cnnc.frontends.dsl.lines import trace
 from cnnc.frontends.dsl.options import axis_of
 from cnnc.frontends.dsl.tensor import Tensor, apply, apply_all
 from cnnc.ir.types import Size, format_shape, product
@@ -77,10 +77,10 @@ def concat(first: Any, *others: Any, axis: int = 1) -> Any:
     if all(isinstance(part, Tensor) for part in parts):
         rank = first.rank
         if not -rank <= axis < rank:
-            raise ShapeError(f"concat: wants an axis of {first.type}, got {axis}{trace(user_lines())}")
+            raise ShapeError(f"concat: wants an axis of {first.type}, got {axis}{trace()}")
         return apply(Concat(axis % rank), *parts)
     if any(isinstance(part, Tensor) for part in parts):
-        raise ModelError(f"concat: joins tensors or layers, not both together: {parts}{trace(user_lines())}")
+        raise ModelError(f"concat: joins tensors or layers, not both together: {parts}{trace()}")
     join: Callable[..., Tensor] = lambda *tensors: concat(*tensors, axis=axis)
     return Branches(tuple(as_function(part) for part in parts), join)
 
@@ -89,11 +89,11 @@ def split(x: Tensor, sizes: int | Sequence[int], axis: int = 1) -> tuple[Tensor,
     """Cut a tensor along an axis: into that many equal parts, or into parts of these sizes."""
     total = x.shape[axis] if -x.rank <= axis < x.rank else None
     if not isinstance(total, int):
-        raise ShapeError(f"split: wants an axis of {x.type} of a size known now, got {axis}{trace(user_lines())}")
+        raise ShapeError(f"split: wants an axis of {x.type} of a size known now, got {axis}{trace()}")
     if not isinstance(sizes, int):
         return apply_all(Split(axis % x.rank, tuple(sizes)), x)
     if sizes < 1 or total % sizes:
-        raise ShapeError(f"split: wants a number of parts that divides {total}, got {sizes}{trace(user_lines())}")
+        raise ShapeError(f"split: wants a number of parts that divides {total}, got {sizes}{trace()}")
     return apply_all(Split(axis % x.rank, (total // sizes,) * sizes), x)
 
 

@@ -57,7 +57,7 @@ class Tensor:
     def channels(self) -> int:
         """The size of axis 1; raises `ModelError` where there is none."""
         if self.rank < 2 or not isinstance(self.shape[1], int):
-            raise ModelError(f"a tensor {self.type} has no channels{trace(user_lines())}")
+            raise ModelError(f"a tensor {self.type} has no channels{trace()}")
         return self.shape[1]
 
     @property
@@ -67,9 +67,7 @@ class Tensor:
 
     def __rshift__(self, layer: Callable[[Tensor], Tensor]) -> Tensor:
         if not callable(layer):
-            raise ModelError(
-                f"x >> {layer!r}: on the right stands a layer or a function of one tensor{trace(user_lines())}"
-            )
+            raise ModelError(f"x >> {layer!r}: on the right stands a layer or a function of one tensor{trace()}")
         return layer(self)
 
     def __add__(self, other: Tensor | Number) -> Tensor:
@@ -106,7 +104,7 @@ class Tensor:
     __array_ufunc__ = None
 
     def __bool__(self) -> bool:
-        raise ModelError(f"a tensor has no truth value: its numbers are not known yet{trace(user_lines())}")
+        raise ModelError(f"a tensor has no truth value: its numbers are not known yet{trace()}")
 
     def __repr__(self) -> str:
         return f"<Tensor {self.type}>"

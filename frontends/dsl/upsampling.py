@@ -7,9 +7,10 @@ import math
 from cnnc.frontends.dsl.convolution import check_groups
 from cnnc.frontends.dsl.initial import Role
 from cnnc.frontends.dsl.layer import Site, layer
-from cnnc.frontends.dsl.options import Padding, Sizes, check_rank, per_axis, read_pad
+from cnnc.frontends.dsl.options import Padding, Sizes, check_count, check_rank, per_axis, read_pad
 from cnnc.frontends.dsl.tensor import Tensor
 from cnnc.ops.conv_transpose import ConvTranspose
+from cnnc.ops.resize import Resize
 from cnnc.ops.space import DepthToSpace, SpaceToDepth
 
 
@@ -58,3 +59,40 @@ def depth_to_space(at: Site, x: Tensor, block: int, *, name: str = "") -> Tensor
 def space_to_depth(at: Site, x: Tensor, block: int, *, name: str = "") -> Tensor:
     """Move block x block pixels into channels: [N,C,H,W] -> [N,b*b*C,H/b,W/b], as PyTorch's pixel unshuffle."""
     return at.call(SpaceToDepth(block, "CRD"), x)
+
+
+@layer
+def resize(
+    at: Site, x: Tensor, size: Sizes, mode: str = "nearest", *, align_corners: bool = False, name: str = ""
+) -> Tensor:
+    """Interpolate x[N,C,...] to a spatial size, as `torch.nn.functional.interpolate` does.
+
+    Modes: "nearest", "linear" (bilinear in two dimensions), "cubic".
+    """
+    return _resize(at, x, per_axis(at, size, check_rank(at, x), "size"), mode, align_corners)
+
+
+@layer
+def upsample(
+    at: Site, x: Tensor, scale: Sizes, mode: str = "nearest", *, align_corners: bool = False, name: str = ""
+) -> Tensor:
+    """Interpolate x[N,C,...] to `scale` times its size; "nearest" repeats pixels.  Modes as in `resize`."""
+    scales = per_axis(at, scale, check_rank(at, x), "scale")
+    if not all(isinstance(size, int) for size in x.spatial):
+        raise at.error(f"wants spatial sizes known now, got {x.type}")
+    sizes = tuple(size * factor for size, factor in zip(x.spatial, scales, strict=True) if isinstance(size, int))
+    return _resize(at, x, sizes, mode, align_corners)
+
+
+def _resize(at: Site, x: Tensor, sizes: tuple[int, ...], mode: str, align_corners: bool) -> Tensor:
+    if mode not in ("nearest", "linear", "cubic"):
+        raise at.error(f'wants mode "nearest", "linear" or "cubic", got {mode!r}')
+    if align_corners and mode == "nearest":
+        raise at.error('wants align_corners with "linear" or "cubic" only')
+    for size in sizes:
+        check_count(at, size, "size")
+    whole = (*x.shape[:2], *sizes)
+    if mode == "nearest":
+        return at.call(Resize(whole, mode=mode, coordinate_mode="asymmetric", nearest_mode="floor"), x)
+    corners = "align_corners" if align_corners else "half_pixel"
+    return at.call(Resize(whole, mode=mode, coordinate_mode=corners), x)
