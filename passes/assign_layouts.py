@@ -139,15 +139,20 @@ def _adapted(v: Value, layout: Layout | None) -> TensorType:
 
 
 def _node_cost(node: Node, block: int, blocked: bool) -> float:
-    """Estimate a node in one layout: arithmetic for reductions, the bytes moved for the rest."""
-    lanes = block if blocked else 1
-    channels = max((t.static_shape[1] for t in node.types if t.rank > 1), default=1)
-    filled = channels / (-(-channels // lanes) * lanes) if channels else 1.0
+    """Estimate a node in one layout: arithmetic for reductions, the bytes moved for the rest.
+
+    Half the bytes for a blocked elementwise operator, which mostly rides in the kernel of the convolution before it.
+    """
     moved = sum(v.type.nbytes for v in node.inputs) + sum(t.nbytes for t in node.types)
-    seconds = moved / BANDWIDTH / filled
+    if node.op.kind is Kind.ELEMENTWISE:
+        return moved / BANDWIDTH / (2 if blocked else 1)
+    channels = max((t.static_shape[1] for t in node.types), default=1)
+    lanes = block if blocked else 1
+    waste = -(-channels // lanes) * lanes / max(channels, 1)
+    seconds = moved / BANDWIDTH * waste
     if node.op.kind is Kind.REDUCTION:
         flops = node.op.flops(*(v.type for v in node.inputs))
-        seconds += flops / filled / FLOPS_PER_LANE / block if blocked else flops / PLAIN_FLOPS
+        seconds += flops * waste / (FLOPS_PER_LANE * block) if blocked else flops / PLAIN_FLOPS
     return seconds
 
 

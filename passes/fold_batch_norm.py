@@ -98,7 +98,8 @@ def split_batch_norm(v: Value) -> Value | None:
                 return None
             k, shift = (part.astype(v.dtype.numpy) for part in affine)
             if not (np.isnan(k) | (np.isfinite(k) & np.isfinite(shift))).all():
-                return miss("the scale of a channel is infinite")
+                miss("the scale of a channel is infinite")
+                return None
             shape = (1, -1, *(1,) * (v.type.rank - 2))
             factors = [_like(x, constant(part.reshape(shape))) for part in (k, shift)]
             return call(Add(), call(Mul(), x, factors[0]), factors[1])
@@ -114,7 +115,8 @@ def _scale_and_shift(v: Value) -> tuple[Array, Array] | None:
     """Give batch norm as x * k + shift, in float64."""
     arrays = [array_of(operand) for operand in v.inputs[1:]]
     if any(a is None for a in arrays) or not isinstance(v.op, BatchNorm):
-        return miss("gamma, beta, mean and var are not all constants")
+        miss("gamma, beta, mean and var are not all constants")
+        return None
     gamma, beta, mean, var = (np.asarray(a, np.float64) for a in arrays)
     with np.errstate(all="ignore"):
         k = gamma / np.sqrt(var + v.op.epsilon)
@@ -142,7 +144,8 @@ def _into(x: Value, k: Array, shift: Array) -> Value | None:
     if layer is None:
         return None
     if not sole_use(x):
-        return miss("the layer's output has other uses")
+        miss("the layer's output has other uses")
+        return None
     if isinstance(x.op, LayoutTransform):
         inner = _into(x.inputs[0], k, shift)
         return None if inner is None else call(x.op, inner)
@@ -156,13 +159,15 @@ def _folded(layer: Node, k: Array, shift: Array) -> tuple[Value, Value] | None:
     bias = layer.inputs[2] if len(layer.inputs) == 3 else constant(np.zeros(len(k), weight.dtype.numpy))
     w, b = array_of(weight), array_of(bias)
     if w is None or b is None:
-        return miss("weight or bias is no constant")
+        miss("weight or bias is no constant")
+        return None
     with np.errstate(all="ignore"):
         scaled = w if (k == 1).all() else (w * _along_outputs(layer, k, w)).astype(w.dtype)
         shifted = (b * k + shift).astype(b.dtype)
         by_channel = np.isfinite(_by_output(layer, scaled, len(k))).all(axis=1)
     if not (np.isnan(k) | (np.isfinite(k) & np.isfinite(shifted) & by_channel)).all():
-        return miss("a weight would overflow")
+        miss("a weight would overflow")
+        return None
     return _changed(weight, scaled), _changed(bias, shifted)
 
 

@@ -49,12 +49,14 @@ def fold_pad_into_average_pool(v: Value) -> Value | None:
             if extra is None:
                 return None
             if pool.ceil_mode or (any(pool.pad) and not pool.count_include_pad):
-                return miss("the pool counts its own padding otherwise than the zeros")
+                miss("the pool counts its own padding otherwise than the zeros")
+                return None
             folded = replace(pool, pad=_sum(pool.pad, extra), count_include_pad=True)
             try:
                 return call(folded, x)
             except ShapeError:
-                return miss("a window would see nothing but padding")
+                miss("a window would see nothing but padding")
+                return None
     return None
 
 
@@ -62,9 +64,11 @@ def _spatial_zeros(pad: Pad) -> tuple[int, ...] | None:
     """Give the spatial pads as convolutions have them, where they add zeros and nothing else does."""
     rank = len(pad.pads) // 2
     if pad.mode != "constant" or pad.value != 0 or min(pad.pads, default=0) < 0:
-        return miss("the pad does not add zeros")
+        miss("the pad does not add zeros")
+        return None
     if any(pad.pads[axis] for axis in (0, 1, rank, rank + 1)):
-        return miss("the pad adds images or channels")
+        miss("the pad adds images or channels")
+        return None
     return (*pad.pads[2:rank], *pad.pads[rank + 2 :])
 
 

@@ -34,7 +34,7 @@ class MemoryPlan:
     size: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Storage:
     """A piece of memory, of `nbytes`, that holds values from kernel number `first` to kernel number `last`."""
 
@@ -84,7 +84,6 @@ def elementwise_in_place(node: Node) -> Sequence[int]:
         position
         for position, value in enumerate(node.inputs)
         if (value.shape, value.type.layout, value.dtype.itemsize) == (out.shape, out.layout, out.dtype.itemsize)
-        and node.inputs.count(value) == 1
     ]
 
 
@@ -104,7 +103,7 @@ def find_storages(graph: Graph, in_place: InPlace) -> list[Storage]:
         if is_view(node) and node.inputs[0] in of:
             hold(of[node.inputs[0]], node.values[0])
         elif isinstance(node.op, Fused):
-            dying = [of[node.inputs[p]] for p in in_place(node) if _dies(node.inputs[p], moment, of)]
+            dying = [of[node.inputs[p]] for p in in_place(node) if _dies(node, p, moment, of)]
             for value in node.values:
                 if value in elsewhere:
                     continue
@@ -115,9 +114,10 @@ def find_storages(graph: Graph, in_place: InPlace) -> list[Storage]:
     return storages
 
 
-def _dies(value: Value, moment: int, of: dict[Value, Storage]) -> bool:
-    """Whether the storage of a value is read for the last time at this moment."""
-    return value in of and of[value].last == moment
+def _dies(node: Node, position: int, moment: int, of: dict[Value, Storage]) -> bool:
+    """Whether the storage of an input is read for the last time now, and under this name only."""
+    storage = of.get(node.inputs[position])
+    return storage is not None and storage.last == moment and [of.get(v) for v in node.inputs].count(storage) == 1
 
 
 def _last_uses(graph: Graph) -> dict[Value, int]:

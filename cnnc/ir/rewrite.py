@@ -87,7 +87,7 @@ def sole_use(value: Value) -> bool:
 
 
 def miss(reason: str) -> None:
-    """Record that the running rule nearly applied; `return miss("...")` reads as None."""
+    """Record that the running rule nearly applied, and what was in the way."""
     state = _state.get()
     if state is not None:
         state.log.missed.append(NearMiss(state.rule, reason, state.loc))

@@ -177,7 +177,8 @@ def layer_norm(v: Value) -> Value | None:
             match shifted[0].node:
                 case Node(ReduceMean(over, True), (Value(Node(Mul(), (a, b))),)) if over == axes and a == b == centred:
                     if axes != tuple(range(axes[0], x.type.rank)):
-                        return miss("the axes normalised are not the last ones")
+                        miss("the axes normalised are not the last ones")
+                        return None
                     ones = constant(np.ones(x.type.static_shape[axes[0] :], x.dtype.numpy))
                     return call(LayerNorm(axes[0], shifted[1]), x, ones)
     return None
@@ -262,7 +263,8 @@ def _channel_window(v: Value, x: Value) -> int | None:
             around = pool.pad[0] == pool.pad[rank] == size // 2 and sum(pool.pad) == 2 * (size // 2)
             counts = pool.count_include_pad or size == 1
             if not (slides and around and counts and size % 2):
-                return miss("the average pool is no window of channels around each one")
+                miss("the average pool is no window of channels around each one")
+                return None
             return size
     return None
 
