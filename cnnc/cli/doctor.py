@@ -79,4 +79,4 @@ def _cpu() -> Finding:
 def _cache() -> Finding:
     from cnnc.backends.cache import KernelCache
 
-    return Finding("kernel cache", str(KernelCache().folder))
+    return Finding("kernel cache", str(KernelCache().status().folder))

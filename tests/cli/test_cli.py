@@ -13,7 +13,7 @@ from cnnc.cli.main import run
 NETWORK = """
 from cnnc.frontends.dsl import conv, linear, flatten, max_pool, network, relu
 
-@network(input=(3, 8, 8))
+@network(x=(3, 8, 8))
 def tiny(x):
     x = x >> conv(5, 3, pad=1, name="conv1") >> relu >> max_pool(2)
     return x >> flatten >> linear(7, name="fc")
@@ -111,7 +111,7 @@ def test_dump_ir_and_time_passes(model: str, tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["compile", "missing.onnx", "-o", "x.so"], 3, "missing.onnx"),
+        (["compile", "missing.onnx", "-o", "x.so"], 6, "missing.onnx"),
         (["run", "missing.so"], 6, "missing.so"),
         (["compile", "{model}", "-o", "{folder}"], 6, "is a folder"),
         (["compile", "{model}", "-o", "x.so", "--target", "cpu:pentium9"], 2, "pentium9"),
