@@ -44,7 +44,7 @@ def space(shape: ConvShape, machine: Machine) -> Iterator[DirectParams]:
     widths = [0]
     if is_pointwise(shape):
         long = [w for w in _divisors(pixels) if w >= 28 and pixels // w >= 4]
-        widths = [*long[::-2][:4], pixels]
+        widths = [*long[::-2][:2], pixels]
     blocks = shape.oc_blocks // shape.groups
     groups = [v for v in range(1, 9) if blocks % v == 0]
     if max(groups) < min(blocks, 4):
@@ -119,6 +119,7 @@ def _row_cycles(shape: ConvShape, pixels: int, group: int, machine: Machine) -> 
     return cycles
 
 
+@lru_cache(64)
 def _mean_taps(shape: ConvShape) -> float:
     """Give the mean number of kernel rows that read input rows, not padding."""
     top, step = shape.pad[0], shape.stride[0]
@@ -181,6 +182,7 @@ def _known_shape(kernel: Fused, target: Target) -> ConvShape:
     return shape
 
 
+@lru_cache(64)
 def _shape_of(kernel: Fused, target: Target) -> ConvShape | None:
     """Give the convolution of a kernel, if this template can compute it."""
     anchor = anchor_of(kernel, target, "conv")

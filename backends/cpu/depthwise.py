@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, params_of, schedule_of
@@ -127,6 +128,7 @@ def _known(kernel: Fused, target: Target) -> tuple[Node, WindowShape, int]:
     return found
 
 
+@lru_cache(64)
 def _find(kernel: Fused, target: Target) -> tuple[Node, WindowShape, int] | None:
     """Give the convolution, its windows and the channels of a group, if this template can compute it."""
     anchor = anchor_of(kernel, target, "conv")

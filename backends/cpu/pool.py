@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, params_of, schedule_of
@@ -214,6 +215,7 @@ def _known_global(kernel: Fused, target: Target) -> Found:
     return found
 
 
+@lru_cache(64)
 def _find(kernel: Fused, target: Target) -> Found | None:
     """Give the pool, its windows and what it computes, if it is one this file can."""
     anchor = anchor_of(kernel, target, "max_pool", "min_pool", "average_pool")
@@ -233,6 +235,7 @@ def _find(kernel: Fused, target: Target) -> Found | None:
     return anchor, shape, _KINDS[type(op)]
 
 
+@lru_cache(64)
 def _find_global(kernel: Fused, target: Target) -> Found | None:
     """Give the reduction of whole images, if the kernel is one."""
     pool = _find(kernel, target)

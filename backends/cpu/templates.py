@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from cnnc.backends.cpu.conv_direct import ConvDirect
 from cnnc.backends.cpu.depthwise import Depthwise
+from cnnc.backends.cpu.gemm import DenseTemplate
 from cnnc.backends.cpu.generic import Generic
 from cnnc.backends.cpu.pool import GlobalPool, Pool
 from cnnc.backends.cpu.template import Template
 from cnnc.errors import VerifyError
 
-TEMPLATES: tuple[Template, ...] = (ConvDirect(), Depthwise(), Pool(), GlobalPool(), Generic())
+TEMPLATES: tuple[Template, ...] = (ConvDirect(), Depthwise(), Pool(), GlobalPool(), DenseTemplate(), Generic())
 
 
 def template(name: str) -> Template:
