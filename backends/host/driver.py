@@ -1,6 +1,6 @@
-"""The host driver: LLVM IR that calls the kernels in order, describes the model and exports the C functions.
+"""The host driver: the memory plan, calls and description of a model as LLVM IR.
 
-Everything here mirrors `runtime/cnnc_rt.h`; the order of the fields in `_model_struct` is the order there.
+Everything here mirrors `runtime/cnnc_rt.h`; the fields in `_describe` are in the order of `cnnc_rt_model`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ TABLE_SYMBOL = "cnnc_model_v1"
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
 _PTR = ir.PointerType()
-_VOID = ir.VoidType()
 _TENSOR = ir.LiteralStructType([_PTR, _I32, _I32, _PTR, _I64])
 _KERNEL = ir.LiteralStructType([_PTR, _PTR, _I32, _I32, _I64, _I64, _PTR, _PTR])
+_STEP = ir.LiteralStructType([_PTR, _I32])
 _THUNK = ir.FunctionType(_I32, [_PTR, _PTR, _I32, _I32])
-_BODY = ir.FunctionType(_I32, [_PTR] * 5)
+# The fields of cnnc_rt_bases.
+_BASES = {"input": 0, "output": 1, "arena": 2, "weights": 3}
 
 # public suffix -> (runtime function, result, parameters)
 _EXPORTS: dict[str, tuple[str, ir.Type, list[ir.Type]]] = {
@@ -65,7 +66,7 @@ def emit_driver(program: Program) -> bytes:
     llvm.initialize_all_asmprinters()
     module = llvm.parse_assembly(driver_ir(program))
     module.verify()
-    machine = llvm.Target.from_triple(TRIPLE).create_target_machine(cpu="x86-64", opt=2, reloc="pic", codemodel="small")
+    machine = llvm.Target.from_triple(TRIPLE).create_target_machine(cpu="x86-64", opt=1, reloc="pic", codemodel="small")
     return bytes(machine.emit_object(module))
 
 
@@ -76,13 +77,11 @@ class _Driver:
     program: Program
     module: ir.Module = field(default_factory=lambda: ir.Module("cnnc"))
     texts: dict[bytes, ir.GlobalVariable] = field(default_factory=dict)
-    thunks: dict[tuple[str, tuple[int | None, ...]], ir.Function] = field(default_factory=dict)
+    thunks: dict[tuple[str, tuple[Slot, ...]], ir.Function] = field(default_factory=dict)
 
     def build(self) -> ir.Module:
         self.module.triple = TRIPLE
-        run = self._body("cnnc_rt_model_run", profiled=False)
-        run_profiled = self._body("cnnc_rt_model_run_profiled", profiled=True)
-        self._describe(run, run_profiled)
+        self._describe()
         for suffix, (target, result, parameters) in _EXPORTS.items():
             self._export(suffix, target, result, parameters)
         return self.module
@@ -96,68 +95,25 @@ class _Driver:
     # --- code -------------------------------------------------------------------------------------------------
 
     def _thunk(self, call: KernelCall) -> ir.Function:
-        """Return the function that unpacks the argument array for this kernel.
-
-        Scratch pointers differ between threads, so they are not in the array; their offsets are part of the thunk.
-        """
-        scratch = tuple(slot.offset if slot.space == "scratch" else None for slot in call.args)
-        if (call.symbol, scratch) in self.thunks:
-            return self.thunks[call.symbol, scratch]
-        kernel = self._declare(call.symbol, _I32, [_PTR] * len(scratch) + [_I32, _I32])
+        """Return the function that works out where the arguments of this call lie, and calls the kernel."""
+        if (call.symbol, call.args) in self.thunks:
+            return self.thunks[call.symbol, call.args]
+        kernel = self._declare(call.symbol, _I32, [_PTR] * len(call.args) + [_I32, _I32])
         thunk = ir.Function(self.module, _THUNK, f"cnnc_rt_thunk_{len(self.thunks)}")
         thunk.linkage = "internal"
-        args, area, lo, hi = thunk.args
+        bases, scratch, lo, hi = thunk.args
         b = ir.IRBuilder(thunk.append_basic_block())
-        pointers: list[ir.Value] = []
-        for index, offset in enumerate(scratch):
-            if offset is None:
-                at = b.gep(args, [_I64(index)], source_etype=_PTR)
-                pointers.append(b.load(at, typ=_PTR))
-            else:
-                pointers.append(_offset(b, area, offset))
+        loaded: dict[str, ir.Value] = {"scratch": scratch}
+        pointers = []
+        for slot in call.args:
+            if slot.space not in loaded:
+                loaded[slot.space] = _load(b, bases, _BASES[slot.space])
+            base = loaded[slot.space]
+            is_index = slot.space in ("input", "output")
+            pointers.append(_load(b, base, slot.offset) if is_index else _offset(b, base, slot.offset))
         b.ret(b.call(kernel, [*pointers, lo, hi], tail=True))
-        self.thunks[call.symbol, scratch] = thunk
+        self.thunks[call.symbol, call.args] = thunk
         return thunk
-
-    def _body(self, name: str, profiled: bool) -> ir.Function:
-        """Return the function that calls all kernels; the unprofiled one carries no trace of clocks."""
-        body = ir.Function(self.module, _BODY, name)
-        body.linkage = "internal"
-        lane, inputs, outputs, arena, weights = body.args
-        parallel = self._declare("cnnc_rt_parallel", _I32, [_PTR, _PTR, _PTR, _I32])
-        clock = self._declare("cnnc_rt_clock", _I64, [])
-        tick = self._declare("cnnc_rt_tick", _VOID, [_PTR, _I32, _I64])
-        b = ir.IRBuilder(body.append_basic_block("entry"))
-        failed = body.append_basic_block("failed")
-        statuses: list[tuple[ir.Value, ir.Block]] = []
-        most = max((len(call.args) for call in self.program.calls), default=0)
-        array = b.alloca(_PTR, _I32(max(most, 1)), name="args")
-        bases = {"input": inputs, "output": outputs, "arena": arena, "weights": weights}
-        for index, call in enumerate(self.program.calls):
-            for place, slot in enumerate(call.args):
-                if slot.space != "scratch":
-                    b.store(_address(b, bases, slot), b.gep(array, [_I64(place)], source_etype=_PTR))
-            start = b.call(clock, []) if profiled else None
-            status = b.call(parallel, [lane, self._thunk(call), array, _I32(call.slices)])
-            if start is not None:
-                b.call(tick, [lane, _I32(index), start])
-            statuses.append((status, b.block))
-            following = body.append_basic_block(f"after_{index}")
-            b.cbranch(b.icmp_signed("==", status, _I32(0)), following, failed)
-            b.position_at_end(following)
-        b.ret(_I32(0))
-        self._fail(failed, statuses)
-        return body
-
-    def _fail(self, block: ir.Block, statuses: list[tuple[ir.Value, ir.Block]]) -> None:
-        b = ir.IRBuilder(block)
-        if not statuses:
-            b.unreachable()
-            return
-        status = b.phi(_I32)
-        for value, origin in statuses:
-            status.add_incoming(value, origin)
-        b.ret(status)
 
     def _export(self, suffix: str, target: str, result: ir.Type, parameters: list[ir.Type]) -> None:
         inner = self._declare(target, result, parameters)
@@ -213,7 +169,11 @@ class _Driver:
             rows.append(ir.Constant(_KERNEL, fields))
         return self._array(_KERNEL, rows, "kernels")
 
-    def _describe(self, run: ir.Function, run_profiled: ir.Function) -> None:
+    def _steps(self) -> ir.Constant:
+        rows = [ir.Constant(_STEP, [self._thunk(call), _I32(call.slices)]) for call in self.program.calls]
+        return self._array(_STEP, rows, "steps")
+
+    def _describe(self) -> None:
         program = self.program
         weights: ir.Constant = ir.Constant(_PTR, None)
         if program.weight_bytes:
@@ -227,9 +187,8 @@ class _Driver:
             self._ports(program.inputs, "inputs"),
             self._ports(program.outputs, "outputs"),
             self._kernels(),
+            self._steps(),
             weights,
-            run,
-            run_profiled,
             _I64(program.weight_bytes),
             _I64(program.arena_bytes),
             _I64(program.scratch_bytes),
@@ -253,8 +212,6 @@ def _offset(b: ir.IRBuilder, base: ir.Value, offset: int) -> ir.Value:
     return b.gep(base, [_I64(offset)], source_etype=ir.IntType(8)) if offset else base
 
 
-def _address(b: ir.IRBuilder, bases: dict[str, ir.Value], slot: Slot) -> ir.Value:
-    base = bases[slot.space]
-    if slot.space in ("input", "output"):
-        return b.load(b.gep(base, [_I64(slot.offset)], source_etype=_PTR), typ=_PTR)
-    return _offset(b, base, slot.offset)
+def _load(b: ir.IRBuilder, array: ir.Value, index: int) -> ir.Value:
+    at = b.gep(array, [_I64(index)], source_etype=_PTR) if index else array
+    return b.load(at, typ=_PTR)

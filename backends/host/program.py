@@ -45,10 +45,10 @@ _RESERVED_WORDS = """
     friend mutable namespace new noexcept not nullptr operator or and private protected public requires template
     this throw true try typeid typename using virtual xor main timer thrd mtx cnd tss sem mq aio hcreate svc clnt
     auth xdr svcudp svctcp svcraw svcunix clntudp clnttcp clntraw clntunix authnone authunix authdes xdrmem
-    xdrrec xdrstdio timerfd signalfd eventfd epoll inotify shm key
+    xdrrec xdrstdio timerfd signalfd eventfd epoll inotify shm key argz memfd
 """
 _RESERVED = frozenset(_RESERVED_WORDS.split())
-_RESERVED_STARTS = ("pthread", "cnnc", "authunix", "clnt", "svc", "xdr", "_")
+_RESERVED_STARTS = ("pthread", "posix_", "authdes", "cnnc", "authunix", "clnt", "svc", "xdr", "_")
 _MAX_PREFIX = 60
 
 

@@ -48,10 +48,13 @@ def _locked_folder(parent: Path) -> Iterator[Path]:
     """
     while True:
         folder = Path(tempfile.mkdtemp(suffix=_SUFFIX, prefix=".", dir=parent))
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        # Until it is locked, another run may sweep it away; then a new one is made.
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # Another run may have swept it before it was locked.
             if folder.exists():
                 yield folder
                 return

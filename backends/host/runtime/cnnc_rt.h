@@ -51,14 +51,22 @@ typedef struct cnnc_rt_kernel {
 } cnnc_rt_kernel;
 
 typedef struct cnnc_rt_context cnnc_rt_context;
-typedef struct cnnc_rt_lane cnnc_rt_lane; /* one thread's way through the kernels */
 
-/* Runs the slices [lo, hi) of one kernel call. */
-typedef int32_t cnnc_rt_thunk(void *const *args, void *scratch, int32_t lo, int32_t hi);
+/* The memory of one run. */
+typedef struct cnnc_rt_bases {
+  const void *const *inputs;
+  void *const *outputs;
+  char *arena;
+  const char *weights;
+} cnnc_rt_bases;
 
-/* Calls all kernels in order, through cnnc_rt_parallel; made by driver.py. */
-typedef int32_t cnnc_rt_body(cnnc_rt_lane *lane, const void *const *inputs, void *const *outputs, void *arena,
-                             const void *weights);
+/* Runs the slices [lo, hi) of one kernel call: knows where its arguments lie; made by driver.py. */
+typedef int32_t cnnc_rt_thunk(const cnnc_rt_bases *bases, void *scratch, int32_t lo, int32_t hi);
+
+typedef struct cnnc_rt_step {
+  cnnc_rt_thunk *thunk;
+  int32_t slices;
+} cnnc_rt_step;
 
 typedef struct cnnc_rt_model {
   const char *name;
@@ -68,10 +76,9 @@ typedef struct cnnc_rt_model {
   const char *const *features;
   const cnnc_rt_tensor *inputs;
   const cnnc_rt_tensor *outputs;
-  const cnnc_rt_kernel *kernels;
-  const void *weights;
-  cnnc_rt_body *run;
-  cnnc_rt_body *run_profiled;
+  const cnnc_rt_kernel *kernels; /* of each kernel call, what is known of it ... */
+  const cnnc_rt_step *steps;     /* ... and how it is run */
+  const char *weights;
   uint64_t weight_bytes;
   uint64_t arena_bytes;
   uint64_t scratch_bytes;
@@ -130,19 +137,10 @@ typedef struct cnnc_rt_counter {
   uint64_t calls;
 } cnnc_rt_counter;
 
-typedef struct cnnc_rt_job {
-  cnnc_rt_body *body; /* what the caller's lane runs; the others run the_model.run */
-  const void *const *inputs;
-  void *const *outputs;
-  void *arena;
-  cnnc_rt_counter *counters;
-} cnnc_rt_job;
-
 int cnnc_rt_pool_create(int threads, char *scratch, size_t scratch_stride, cnnc_rt_pool **out);
 void cnnc_rt_pool_destroy(cnnc_rt_pool *pool, bool forked);
-int32_t cnnc_rt_pool_run(cnnc_rt_pool *pool, const cnnc_rt_job *job, bool alone);
-int32_t cnnc_rt_parallel(cnnc_rt_lane *self, cnnc_rt_thunk *thunk, void *const *args, int32_t slices);
-void cnnc_rt_tick(cnnc_rt_lane *lane, int32_t kernel, int64_t start);
+/* Runs all kernels in order.  With counters, each kernel is timed; alone, the caller does all lanes' work. */
+int32_t cnnc_rt_pool_run(cnnc_rt_pool *pool, const cnnc_rt_bases *bases, cnnc_rt_counter *counters, bool alone);
 int cnnc_rt_allowed_cpus(void);
 int64_t cnnc_rt_clock(void);
 

@@ -170,9 +170,10 @@ int cnnc_rt_destroy(cnnc_rt_context *context) {
   if (code != CNNC_RT_OK) {
     return code;
   }
+  /* Nobody finds it any more, and whoever gets this entry next must find it free: so leave first, release then. */
   atomic_store(&entry->context, NULL);
-  release(context, context->pid != getpid());
   leave(entry);
+  release(context, context->pid != getpid());
   return CNNC_RT_OK;
 }
 
@@ -249,16 +250,10 @@ static int run_bound(cnnc_rt_context *context, const void *const *inputs, void *
   /* The caller may flush denormals or round otherwise; the model's numbers must not depend on it. */
   unsigned mode = _mm_getcsr();
   _mm_setcsr(CNNC_RT_MXCSR);
-  cnnc_rt_job job = {
-      .body = context->profiled ? model->run_profiled : model->run,
-      .inputs = context->inputs,
-      .outputs = context->outputs,
-      .arena = context->arena,
-      .counters = context->counters,
-  };
+  const cnnc_rt_bases bases = {context->inputs, context->outputs, context->arena, model->weights};
   /* In the child of a fork there are no workers: the caller does their shares, with the same result. */
   bool alone = context->threads == 1 || model->kernel_count == 0 || context->pid != getpid();
-  int32_t status = cnnc_rt_pool_run(context->pool, &job, alone);
+  int32_t status = cnnc_rt_pool_run(context->pool, &bases, context->profiled ? context->counters : NULL, alone);
   _mm_setcsr(mode);
   if (status != 0) {
     return status > 0 ? CNNC_RT_ERROR_VALUE : CNNC_RT_ERROR_KERNEL;

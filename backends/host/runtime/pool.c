@@ -29,28 +29,27 @@ typedef struct bell {
   _Alignas(128) _Atomic uint32_t word;
 } bell;
 
-struct cnnc_rt_lane {
+typedef struct lane {
   _Alignas(128) cnnc_rt_pool *pool;
   void *scratch;
   pthread_t thread;
   int index;
-  int lanes;      /* 1: no barriers */
+  int count;      /* of lanes; 1: no barriers */
   uint64_t epoch; /* barriers passed; the same in all lanes */
   bell start;
   bell rounds[ROUNDS];
-};
+} lane;
 
 struct cnnc_rt_pool {
-  /* What the lanes are to run; written before their start bells ring. */
-  const cnnc_rt_job *job;
-  cnnc_rt_counter *counters; /* used by the caller's lane only */
+  /* What the lanes run on, NULL to end; written before their start bells ring. */
+  const cnnc_rt_bases *bases;
   int64_t spin_ns;
   int count;
   uint32_t runs;
   /* 4 * epoch + 1 (value) or + 2 (bug): a kernel failed before that barrier.  Two, since the next kernel may already
    * fail in one lane while another lane still reads how this one went. */
   _Alignas(128) _Atomic uint64_t failed[2];
-  cnnc_rt_lane lane[];
+  lane lanes[];
 };
 
 int64_t cnnc_rt_clock(void) {
@@ -98,28 +97,28 @@ static void await(bell *b, uint32_t number, int64_t spin_ns) {
   }
 }
 
-static void barrier(cnnc_rt_lane *self) {
+static void barrier(lane *self) {
   cnnc_rt_pool *pool = self->pool;
   uint32_t number = (uint32_t)++self->epoch;
-  for (int round = 0, step = 1; step < self->lanes; round++, step *= 2) {
+  for (int round = 0, step = 1; step < self->count; round++, step *= 2) {
     int to = self->index + step;
-    ring(&pool->lane[to < self->lanes ? to : to - self->lanes].rounds[round], number);
+    ring(&pool->lanes[to < self->count ? to : to - self->count].rounds[round], number);
     await(&self->rounds[round], number, pool->spin_ns);
   }
 }
 
 static int32_t share(int32_t slices, int lanes, int index) { return (int32_t)((int64_t)slices * index / lanes); }
 
-int32_t cnnc_rt_parallel(cnnc_rt_lane *self, cnnc_rt_thunk *thunk, void *const *args, int32_t slices) {
-  if (self->lanes == 1) {
-    return thunk(args, self->scratch, 0, slices);
+static int32_t run_step(lane *self, const cnnc_rt_step *step, const cnnc_rt_bases *bases) {
+  if (self->count == 1) {
+    return step->thunk(bases, self->scratch, 0, step->slices);
   }
   _Atomic uint64_t *failed = &self->pool->failed[self->epoch & 1];
   uint64_t mark = self->epoch * 4;
-  int lanes = slices < self->lanes ? slices : self->lanes;
-  if (self->index < lanes) {
-    int32_t lo = share(slices, lanes, self->index);
-    int32_t status = thunk(args, self->scratch, lo, share(slices, lanes, self->index + 1));
+  int active = step->slices < self->count ? step->slices : self->count;
+  if (self->index < active) {
+    int32_t lo = share(step->slices, active, self->index);
+    int32_t status = step->thunk(bases, self->scratch, lo, share(step->slices, active, self->index + 1));
     if (status != 0) {
       atomic_store(failed, mark + (status > 0 ? 1 : 2));
     }
@@ -129,50 +128,64 @@ int32_t cnnc_rt_parallel(cnnc_rt_lane *self, cnnc_rt_thunk *thunk, void *const *
   return found == mark + 1 ? 1 : found == mark + 2 ? -1 : 0;
 }
 
+static int32_t walk(lane *self, const cnnc_rt_bases *bases) {
+  int32_t status = 0;
+  for (int32_t k = 0; k < cnnc_rt_the_model.kernel_count && status == 0; k++) {
+    status = run_step(self, &cnnc_rt_the_model.steps[k], bases);
+  }
+  return status;
+}
+
+/* The same with clocks, which are the caller's lane's affair; they stop when the slowest lane is done. */
+static int32_t walk_timed(lane *self, const cnnc_rt_bases *bases, cnnc_rt_counter *counters) {
+  int32_t status = 0;
+  int64_t before = cnnc_rt_clock();
+  for (int32_t k = 0; k < cnnc_rt_the_model.kernel_count && status == 0; k++) {
+    status = run_step(self, &cnnc_rt_the_model.steps[k], bases);
+    int64_t now = cnnc_rt_clock();
+    counters[k].ns += (uint64_t)(now - before);
+    counters[k].calls++;
+    before = now;
+  }
+  return status;
+}
+
 static void *work(void *argument) {
-  cnnc_rt_lane *self = argument;
+  lane *self = argument;
   cnnc_rt_pool *pool = self->pool;
   _mm_setcsr(CNNC_RT_MXCSR);
   for (uint32_t number = 1;; number++) {
     await(&self->start, number, pool->spin_ns);
-    const cnnc_rt_job *job = pool->job;
-    if (job == NULL) {
+    const cnnc_rt_bases *bases = pool->bases;
+    if (bases == NULL) {
       return NULL;
     }
-    /* Clocks are the first lane's affair, so `run` and `run_profiled` meet at the same barriers. */
-    cnnc_rt_the_model.run(self, job->inputs, job->outputs, job->arena, cnnc_rt_the_model.weights);
+    walk(self, bases);
   }
 }
 
-static void start(cnnc_rt_pool *pool, const cnnc_rt_job *job, int count) {
-  pool->job = job;
+static void start(cnnc_rt_pool *pool, const cnnc_rt_bases *bases, int count) {
+  pool->bases = bases;
   pool->runs++;
   for (int i = 1; i < count; i++) {
-    ring(&pool->lane[i].start, pool->runs);
+    ring(&pool->lanes[i].start, pool->runs);
   }
 }
 
-int32_t cnnc_rt_pool_run(cnnc_rt_pool *pool, const cnnc_rt_job *job, bool alone) {
-  cnnc_rt_lane *self = &pool->lane[0];
-  self->lanes = alone ? 1 : pool->count;
-  pool->counters = job->counters;
-  if (!alone && pool->count > 1) {
-    start(pool, job, pool->count);
+int32_t cnnc_rt_pool_run(cnnc_rt_pool *pool, const cnnc_rt_bases *bases, cnnc_rt_counter *counters, bool alone) {
+  lane *self = &pool->lanes[0];
+  self->count = alone ? 1 : pool->count;
+  if (self->count > 1) {
+    start(pool, bases, pool->count);
   }
   /* The barrier after the last kernel is where the lanes join again. */
-  return job->body(self, job->inputs, job->outputs, job->arena, cnnc_rt_the_model.weights);
-}
-
-void cnnc_rt_tick(cnnc_rt_lane *lane, int32_t kernel, int64_t start) {
-  cnnc_rt_counter *counter = &lane->pool->counters[kernel];
-  counter->ns += (uint64_t)(cnnc_rt_clock() - start);
-  counter->calls++;
+  return counters != NULL ? walk_timed(self, bases, counters) : walk(self, bases);
 }
 
 static void stop(cnnc_rt_pool *pool, int started) {
   start(pool, NULL, started);
   for (int i = 1; i < started; i++) {
-    pthread_join(pool->lane[i].thread, NULL);
+    pthread_join(pool->lanes[i].thread, NULL);
   }
 }
 
@@ -188,7 +201,7 @@ static int start_threads(cnnc_rt_pool *pool) {
   pthread_sigmask(SIG_SETMASK, &all, &before);
   int started = 1;
   while (started < pool->count &&
-         pthread_create(&pool->lane[started].thread, &attributes, work, &pool->lane[started]) == 0) {
+         pthread_create(&pool->lanes[started].thread, &attributes, work, &pool->lanes[started]) == 0) {
     started++;
   }
   pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -197,7 +210,7 @@ static int start_threads(cnnc_rt_pool *pool) {
 }
 
 int cnnc_rt_pool_create(int threads, char *scratch, size_t scratch_stride, cnnc_rt_pool **out) {
-  size_t size = sizeof(cnnc_rt_pool) + (size_t)threads * sizeof(cnnc_rt_lane);
+  size_t size = sizeof(cnnc_rt_pool) + (size_t)threads * sizeof(lane);
   cnnc_rt_pool *pool = aligned_alloc(128, size);
   if (pool == NULL) {
     return CNNC_RT_ERROR_MEMORY;
@@ -206,10 +219,10 @@ int cnnc_rt_pool_create(int threads, char *scratch, size_t scratch_stride, cnnc_
   pool->count = threads;
   pool->spin_ns = threads <= cnnc_rt_allowed_cpus() ? SPIN_NS : 0;
   for (int i = 0; i < threads; i++) {
-    pool->lane[i].pool = pool;
-    pool->lane[i].index = i;
-    pool->lane[i].lanes = threads;
-    pool->lane[i].scratch = scratch + (size_t)i * scratch_stride;
+    pool->lanes[i].pool = pool;
+    pool->lanes[i].index = i;
+    pool->lanes[i].count = threads;
+    pool->lanes[i].scratch = scratch + (size_t)i * scratch_stride;
   }
   int started = threads > 1 ? start_threads(pool) : 1;
   if (started < threads) {

@@ -74,17 +74,6 @@ def test_driver_code_runs_on_any_x86_64(small: Any, tmp_path: Path) -> None:
     assert not re.search(r"%[yz]mm|\tv[a-z]", code)
 
 
-def test_profiling_costs_nothing_when_it_is_off(small: Any) -> None:
-    from cnnc.backends.host.driver import driver_ir
-
-    text = driver_ir(small.program)
-    plain = text[text.index('@"cnnc_rt_model_run"(') :]
-    plain = plain[: plain.index("\n}\n")]
-    assert plain.count("cnnc_rt_parallel") == 3
-    assert "clock" not in plain
-    assert "tick" not in plain
-
-
 def test_same_bytes_wherever_built(small: Any, kernels: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     builds = {"so": build_shared, "exe": build_executable, "o": build_object}
     made: dict[str, list[bytes]] = {kind: [] for kind in builds}
