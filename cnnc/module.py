@@ -74,6 +74,10 @@ class Module:
         """The program and the objects it was made of; None for a loaded binary."""
         return self._build
 
+    def __repr__(self) -> str:
+        ports = ", ".join(f"{p.name}: {p.dtype}{list(p.shape)}" for p in (*self.inputs, *self.outputs))
+        return f"<compiled network, {len(self.kernels)} kernels, {ports}>"
+
     def __call__(self, *arrays: np.ndarray) -> Any:
         """Run on inputs in order; gives the output, or a tuple of outputs."""
         results = self._run(arrays)

@@ -109,10 +109,8 @@ class Graph:
         """The names of the inputs, in order."""
         return tuple(str(getattr(v.op, "label", "")) for v in self.inputs)
 
-    def __str__(self) -> str:
-        from cnnc.ir.text import print_graph
-
-        return print_graph(self)
+    def __repr__(self) -> str:
+        return f"<graph {self.name}: {len(self.nodes)} nodes>"
 
 
 def topological_order(roots: Iterable[Node]) -> tuple[Node, ...]:
