@@ -53,7 +53,7 @@ def plain_body(
     extra: tuple[Any, ...] = (),
     apply: Callable[[Any], Any] = lambda anchor: anchor,
 ) -> Body:
-    """Make a body from physical shapes; `apply` gives the output from the anchor, and may read the placeholders `extra`."""
+    """Make a body from physical shapes; `apply` gives the output from the anchor and the placeholders `extra`."""
     placeholders = tuple(te.placeholder(tuple(shape), name=f"operand{i}") for i, shape in enumerate(operands))
     anchor = te.placeholder(tuple(output), name="anchor")
     return Body((*placeholders, *extra), placeholders, anchor, apply(anchor))
