@@ -166,7 +166,6 @@ def _lower(job: KernelJob, target: CpuTarget) -> tuple[Any, Abi]:
         schedule.RenormalizeSplitPattern(),
         loops.StmtSimplify(),
         loops.RemoveNoOp(),
-        schedule.RewriteUnsafeSelect(),
         loops.CommonSubexprElim(),
         loops.VerifyMemory(),
         # Legalising bf16 storage refuses buffers among the parameters, so they become pointers before it.

@@ -28,6 +28,9 @@ CHUNK = 4096
 ACCUMULATORS = 2
 """Vectors of partial sums of one long sum: more hide the latency of additions better, but must be added up."""
 
+ENOUGH_SLICES = 64
+"""Slices from which it is better to give each more to do."""
+
 ACCUMULATOR_ROW = 8
 """Vectors of neighbouring sums kept at once."""
 
@@ -223,7 +226,7 @@ def _is_pointwise(sch: Any, stage: _Stage, var: Any) -> bool:
             uses = sum(_uses(r.min, var) or _uses(r.extent, var) for r in region)
             if len(at) != 1 or uses != 1:
                 return False
-            if not _is_pointwise(sch, producer, producer.spatial[at[0]].var):
+            if not _is_pointwise(sch, producer, producer.node.writes[0].region[at[0]].min):
                 return False
     return True
 
@@ -254,8 +257,11 @@ def _schedule_with_producers(
     rest = [loops[i] for i in wide if i not in free and i != last]
     vector = loops[last]
     if last in free:
-        extent = _Stage.of(sch, name).extents[last]
-        width = _divisor(extent, lanes, ACCUMULATOR_ROW * lanes)
+        extents = _Stage.of(sch, name).extents
+        extent = extents[last]
+        slices = math.prod(extents[i] for i in free if i != last)
+        row = ACCUMULATOR_ROW if slices >= ENOUGH_SLICES else 1
+        width = _divisor(extent, lanes, row * lanes)
         if width < min(extent, lanes):
             width = extent
         chunk, vector = sch.split(vector, [None, width])
@@ -263,10 +269,9 @@ def _schedule_with_producers(
     sch.reorder(*outer, *rest, vector)
     depth = 0
     if outer:
-        fused = sch.fuse(*outer)
-        sch.parallel(fused)
+        place = _parallelise(sch, outer)
         for producer in reversed(producers):
-            sch.compute_at(sch.get_sblock(producer), fused, preserve_unit_loops=True)
+            sch.compute_at(sch.get_sblock(producer), place, preserve_unit_loops=True)
         depth = len(sch.get_loops(sch.get_sblock(name))) - len(rest) - 1
     for producer in producers:
         _vectorise_stage(sch, sch.get_sblock(producer), depth, lanes)
@@ -342,13 +347,48 @@ def _vectorise(sch: Any, loop: Any, lanes: int) -> None:
 
 def _schedule_elementwise(sch: Any, name: str, lanes: int) -> None:
     """Schedule a stage without producers: parallel over chunks, trailing axes flattened into one."""
-    stage = _Stage.of(sch, name)
-    loops = list(sch.get_loops(sch.get_sblock(name)))
-    count = _flat_axes(stage)
-    inner = sch.fuse(*loops[len(loops) - count :])
+    _flatten(sch, name, _flat_axes(_Stage.of(sch, name)))
+    *outer, inner = sch.get_loops(sch.get_sblock(name))
     chunk, inner = _split_flat(sch, inner, lanes)
-    sch.parallel(sch.fuse(*loops[: len(loops) - count], chunk))
+    _parallelise(sch, [*outer, chunk])
     _vectorise(sch, inner, lanes)
+
+
+def _parallelise(sch: Any, loops: Sequence[Any]) -> Any:
+    """Make the first of these nested loops one parallel loop with slices enough; give the innermost loop."""
+    taken, slices = 0, 1
+    while taken < len(loops) and slices < ENOUGH_SLICES:
+        slices *= _loop_extent(sch, loops[taken])
+        taken += 1
+    parallel = sch.fuse(*loops[:taken])
+    sch.parallel(parallel)
+    return loops[-1] if taken < len(loops) else parallel
+
+
+def _flatten(sch: Any, name: str, count: int) -> None:
+    """Make one axis of the `count` trailing ones, in the loops and in the buffers that move along them.
+
+    Fusing loops alone would leave quotients and remainders in the indices that TVM cannot always cancel.
+    """
+    stage = _Stage.of(sch, name)
+    if count < 2:
+        return
+    extents = stage.extents[-count:]
+
+    def flat(*index: Any) -> list[Any]:
+        position = index[-count]
+        for i, extent in zip(index[len(index) - count + 1 :], extents[1:], strict=True):
+            position = position * extent + i
+        return [*index[:-count], position]
+
+    moving = [read.source for read in stage.node.reads if _moves(read, stage.spatial[-count:])]
+    for buffer in (*moving, stage.output):
+        sch.transform_layout(sch.get_sblock(name), buffer.name, _index_map(flat, len(buffer.shape)))
+    sch.transform_block_layout(sch.get_sblock(name), _index_map(flat, len(stage.spatial)))
+
+
+def _index_map(function: Any, rank: int) -> Any:
+    return tirx.IndexMap.from_func(function, ndim=rank, index_dtype="int32")
 
 
 def _split_flat(sch: Any, loop: Any, lanes: int) -> Any:
@@ -364,15 +404,33 @@ def _flat_axes(stage: _Stage) -> int:
     """Count the trailing axes that are one contiguous run in every tensor that is read along them."""
     for count in range(len(stage.spatial), 1, -1):
         axes = stage.spatial[-count:]
-        if all(_is_flat(read, axes) for read in stage.node.reads):
+        if not _uses_outside_reads(stage.node.body.value, axes) and all(
+            _is_flat(read, axes) for read in stage.node.reads
+        ):
             return count
     return 1
+
+
+def _uses_outside_reads(tree: Any, axes: Sequence[Any]) -> bool:
+    """Tell whether an expression needs an axis for itself, as the guards of pad lanes do."""
+    found: list[Any] = []
+
+    def visit(node: Any, _: Any) -> None:
+        found.append(node)
+
+    structural.structural_visit(tree, [(ir.TensorLoad, lambda load, visitor: None), (tirx.Var, visit)])
+    return any(node.same_as(axis.var) for node in found for axis in axes)
+
+
+def _moves(read: Any, axes: Sequence[Any]) -> bool:
+    """Tell whether what is read depends on any of the axes."""
+    return any(_uses(r.min, axis.var) or _uses(r.extent, axis.var) for r in read.region for axis in axes)
 
 
 def _is_flat(read: Any, axes: Sequence[Any]) -> bool:
     """Tell whether a read does not move along the axes, or steps through memory as they do."""
     region, shape = list(read.region), [int(extent) for extent in read.source.shape]
-    if not any(_uses(r.min, axis.var) or _uses(r.extent, axis.var) for r in region for axis in axes):
+    if not _moves(read, axes):
         return True
     if len(region) < len(axes):
         return False

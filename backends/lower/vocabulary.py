@@ -18,6 +18,7 @@ from tvm import te as tvm_te
 from tvm import tirx
 
 from cnnc.backends.lower import vector_math
+from cnnc.backends.lower.bounds import Bounds
 from cnnc.backends.lower.expr import TVM_DTYPES, Expr, Number, Operand, Tensor, as_index, same_type
 from cnnc.backends.lower.reducers import arg_reducer, nan_max, nan_min
 from cnnc.errors import UnsupportedError, VerifyError
@@ -44,6 +45,7 @@ class Vocabulary:
     def __init__(self) -> None:
         vector_math.register()
         self._axes: dict[Any, Any] = {}
+        self._bounds = Bounds()
 
     # Tensors
 
@@ -52,6 +54,8 @@ class Vocabulary:
         found: list[Reduction] = []
 
         def body(*index: Any) -> Any:
+            for variable, extent in zip(index, shape, strict=True):
+                self._bounds.bind(variable, extent)
             value = fn(*(Expr(i) for i in index))
             if isinstance(value, Reduction):
                 found.append(value)
@@ -73,12 +77,16 @@ class Vocabulary:
         """Make an axis to reduce over, [0, extent)."""
         axis = tvm_te.reduce_axis((0, extent), name)
         self._axes[axis.var] = axis
+        self._bounds.bind(axis.var, extent)
         return Expr(axis.var)
 
     def at(self, x: Tensor, type_: TensorType, *index: Operand) -> Expr:
         """Read a tensor at a logical index, whatever its layout."""
         position = [i if isinstance(i, Expr) else Expr.of(i, DType.I32) for i in index]
-        return x[position if type_.layout is None else type_.layout.physical_index(position)]
+        if type_.layout is None:
+            return x[position]
+        # An index that came from this layout goes back to what it was, which later steps recognise.
+        return x[[Expr(self._bounds.simplify(i.node)) for i in type_.layout.physical_index(position)]]
 
     def const(self, value: Number, dtype: DType) -> Expr:
         """Make a constant."""
@@ -178,8 +186,13 @@ class Vocabulary:
     # Choice
 
     def where(self, condition: Expr, a: Operand, b: Operand) -> Expr:
-        """Give a or b, evaluating only that one: for reads that are out of bounds where not chosen."""
+        """Give a or b, evaluating only that one: for reads that are out of bounds where not chosen.
+
+        Where no read can be out of bounds this is `select`, which vectors need.
+        """
         x, y = same_type(a, b)
+        if self._bounds.are_reads_safe(x.node) and self._bounds.are_reads_safe(y.node):
+            return Expr(tirx.Select(condition.node, x.node, y.node))
         return Expr(tirx.if_then_else(condition.node, x.node, y.node))
 
     def select(self, condition: Expr, a: Operand, b: Operand) -> Expr:

@@ -1,0 +1,58 @@
+"""What is known of indices while a kernel is described: their ranges, and whether reads stay inside."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tvm import DataType, ir
+from tvm.sym import Analyzer
+from tvm_ffi import structural
+
+_LINE = 64
+"""Bytes buffers are aligned to: the rest of the last line of one may be read."""
+
+
+class Bounds:
+    """Ranges of the index variables of a kernel."""
+
+    def __init__(self) -> None:
+        self._analyzer = Analyzer()
+
+    def bind(self, variable: Any, extent: int) -> None:
+        """Note that a variable is in [0, extent)."""
+        if int(extent) > 0:
+            self._analyzer.bind(variable, ir.Range(0, extent), True)
+
+    def simplify(self, index: Any) -> Any:
+        """Simplify an index."""
+        return self._analyzer.simplify(index)
+
+    def are_reads_safe(self, expression: Any) -> bool:
+        """Tell whether every tensor read in an expression is within its buffer, whatever guards stand outside."""
+        safe = True
+
+        def visit(call: Any, visitor: Any) -> None:
+            nonlocal safe
+            if call.op.name == "prim.if_then_else":
+                # What it chooses between, it guards itself.
+                visitor.visit(call.args[0])
+                return
+            if call.op.name == "te.tensor_load":
+                safe = safe and self._is_inside(call.args[0], list(call.args[1:]))
+            visitor.default_visit(call)
+
+        structural.structural_visit(expression, [(ir.Call, visit)])
+        return safe
+
+    def _is_inside(self, tensor: Any, index: list[Any]) -> bool:
+        shape = [int(extent) for extent in tensor.shape]
+        if len(shape) == 1:
+            # A vector is read in whole registers.
+            per_line = _LINE * 8 // max(DataType(str(tensor.dtype)).bits, 8)
+            shape = [math.ceil(shape[0] / per_line) * per_line]
+        for position, extent in zip(index, shape, strict=True):
+            bound = self._analyzer.const_int_bound(position)
+            if bound.min_value < 0 or bound.max_value >= extent:
+                return False
+        return True
