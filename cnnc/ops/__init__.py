@@ -3,7 +3,7 @@
 Importing this package registers every operator and every ONNX reader; it needs numpy only.
 """
 
-from cnnc.ops import identity, onehot  # noqa: F401  (ONNX readers without an operator of their own)
+from cnnc.ops import einsum, identity, onehot  # noqa: F401  (ONNX readers without an operator of their own)
 from cnnc.ops.binary import (
     Add,
     BitShift,
