@@ -48,26 +48,41 @@ def check_new_nodes(results: Iterable[Value], seen: set[Node], limits: Limits) -
     return made
 
 
-def fold(results: Sequence[Value], made: Iterable[Node], labels: Sequence[str], limits: Limits) -> list[Value]:
-    """Replace results that depend on constants only by constants.
+class Folding:
+    """Replaces values that depend on constants only by constants, within limits that hold for a whole import."""
 
-    `made` are the nodes the results are made of, inputs first; others count as known only if they are constants.  A
-    result larger than the folding limit stays as it is, unless it is smaller than what it is computed from.
-    """
-    arrays: dict[Value, np.ndarray] = {}
-    for node in made:
-        arrays |= {value: array for value in node.inputs if (array := constant_array(value)) is not None}
-        if isinstance(node.op, Constant):
-            arrays[Value(node)] = node.op.value.array
-        elif node.inputs and all(value in arrays for value in node.inputs):
-            inputs = [arrays[value] for value in node.inputs]
-            planned = sum(type_.nbytes for type_ in node.types)
-            if planned <= max(limits.folding, sum(array.nbytes for array in inputs)):
-                arrays |= _evaluate(node, inputs)
-    return [
-        constant(arrays[value], label=label) if value in arrays and not _labelled(value) else value
-        for value, label in zip(results, labels, strict=True)
-    ]
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._spent = 0
+
+    def fold(self, results: Sequence[Value], made: Iterable[Node], labels: Sequence[str]) -> list[Value]:
+        """Give the results, those that can be computed now as constants.
+
+        `made` are the nodes the results are made of, inputs first; others count as known only if they are constants.
+        """
+        arrays: dict[Value, np.ndarray] = {}
+        for node in made:
+            arrays |= {value: array for value in node.inputs if (array := constant_array(value)) is not None}
+            if isinstance(node.op, Constant):
+                arrays[Value(node)] = node.op.value.array
+            elif node.inputs and all(value in arrays for value in node.inputs):
+                inputs = [arrays[value] for value in node.inputs]
+                if self._allows(sum(type_.nbytes for type_ in node.types), inputs):
+                    arrays |= _evaluate(node, inputs)
+        return [
+            constant(arrays[value], label=label) if value in arrays and not _labelled(value) else value
+            for value, label in zip(results, labels, strict=True)
+        ]
+
+    def _allows(self, planned: int, inputs: Sequence[np.ndarray]) -> bool:
+        """Whether a result may be computed: it is small, or no larger than one of its inputs.
+
+        The sum of the inputs is no measure: two halves of a chain that double each other would never end.
+        """
+        if planned > max(self.limits.folding, *(array.nbytes for array in inputs)):
+            return False
+        self._spent += planned
+        return self._spent <= self.limits.memory
 
 
 def _labelled(value: Value) -> bool:
@@ -127,7 +142,7 @@ def read_constant_of_shape(node: OnnxNode, shape: Value) -> Value:
     if value.size != 1:
         raise node.invalid(f"value must have one element, not {value.size}")
     dims = tuple(int(size) for size in sizes)
-    _planned(check_dims(dims, node.limits) * value.itemsize, node.limits)
+    check_planned(check_dims(dims, node.limits) * value.itemsize, node.limits)
     return constant(np.full(dims, _carried(node, value).reshape(())))
 
 
@@ -140,7 +155,7 @@ def read_range(node: OnnxNode, start: Value, limit: Value, delta: Value) -> Valu
     if step == 0 or not (np.isfinite(first) and np.isfinite(last) and np.isfinite(step)):
         raise node.invalid(f"from {first} to {last} by steps of {step} never ends")
     count = _range_count(first, last, step)
-    _planned(count * first.itemsize, node.limits)
+    check_planned(count * first.itemsize, node.limits)
     return constant(np.asarray(first + np.arange(count).astype(first.dtype) * step, first.dtype))
 
 
@@ -160,7 +175,8 @@ def _scalar(node: OnnxNode, array: np.ndarray | None) -> np.generic:
     return scalar
 
 
-def _planned(nbytes: int, limits: Limits) -> None:
+def check_planned(nbytes: int, limits: Limits) -> None:
+    """Check the size of a constant before it is made; raises `LimitError`."""
     if nbytes > limits.folding:
         raise LimitError(
             f"a constant of {format_bytes(nbytes)} would be made (limit folding={format_bytes(limits.folding)})"
@@ -220,7 +236,7 @@ def fold_by_reference(node: OnnxNode, inputs: Sequence[Value | None]) -> list[Va
     if bound is None or node.domain or not known or len(known) != sum(value is not None for value in inputs):
         return None
     try:
-        _planned(bound(known), node.limits)
+        check_planned(bound(known), node.limits)
         proto = node.resolved_proto()
         outputs = ReferenceEvaluator(proto, opsets={"": node.opset}).run(
             None, {name: array for name, array in zip(proto.input, arrays, strict=True) if array is not None}

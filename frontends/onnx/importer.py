@@ -8,22 +8,19 @@ cannot be compiled is collected and reported together.
 from __future__ import annotations
 
 import os
-import pkgutil
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cache
-from importlib import import_module
 from typing import TypeAlias
 
 import onnx
 from onnx import AttributeProto
 
-import cnnc.ops
+import cnnc.ops  # noqa: F401  (registers the operators' ONNX readers)
 from cnnc.errors import CnncError, LimitError, ModelError, UnsupportedError, VerifyError
 from cnnc.frontends.onnx.check import Checked, check_model, reads
-from cnnc.frontends.onnx.fold import SHAPE_READERS, check_new_nodes, constant_array, fold, fold_by_reference
+from cnnc.frontends.onnx.fold import SHAPE_READERS, Folding, check_new_nodes, constant_array, fold_by_reference
 from cnnc.frontends.onnx.functions import FunctionKey, function_key, plain_domain, standard_body
 from cnnc.frontends.onnx.naming import listed, node_title, shown
 from cnnc.frontends.onnx.node import OnnxNode, resolve_attributes, schema_defaults, used_outputs
@@ -111,7 +108,6 @@ def import_model(
     `EnvironmentProblem` (6) and, for shapes that contradict the model, `UsageError` (2); each is one line.
     """
     limits = limits or Limits()
-    _load_operators()
     model = read_model(source, limits)
     try:
         checked = check_model(model.proto, limits)
@@ -132,6 +128,7 @@ class _Importer:
         self.functions: Mapping[FunctionKey, onnx.FunctionProto] = checked.functions
         self.opset = checked.opset
         self.limits = limits
+        self.folding = Folding(limits)
         self.gaps: list[Gap] = []
         self.seen: set[Node] = set()
         self.names: set[str] = set()
@@ -306,7 +303,7 @@ class _Importer:
             raise UnsupportedError(f"the attribute {listed(unread)} is not supported")
         nodes = check_new_nodes(made, self.seen, self.limits)
         labels = [node.proto.output[i] if i < len(node.proto.output) else "" for i in range(len(made))]
-        results = fold(made, nodes, labels, self.limits)
+        results = self.folding.fold(made, nodes, labels)
         self.seen.update(value.node for value in results)
         return results
 
@@ -351,13 +348,6 @@ class _Importer:
         inner = _Scope(scope.opset, scope, attributes=scope.attributes, prefix=scope.prefix)
         inner.fixed_name = scope.fixed_name
         return self._body(graph.node, [value.name for value in graph.output], self._graph_scope(graph, inner))
-
-
-@cache
-def _load_operators() -> None:
-    """Import every operator family: each registers its ONNX readers."""
-    for module in pkgutil.iter_modules(cnnc.ops.__path__):
-        import_module(f"cnnc.ops.{module.name}")
 
 
 def _reader(node: OnnxNode) -> OnnxReader | None:

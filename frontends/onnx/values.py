@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from cnnc.errors import LimitError
-from cnnc.frontends.onnx.fold import constant_array
+from cnnc.frontends.onnx.fold import check_planned, constant_array
 from cnnc.frontends.onnx.node import OnnxNode
 from cnnc.ir.graph import Value
 from cnnc.ir.types import DType, format_shape
@@ -118,6 +118,19 @@ def _check_reshape(node: OnnxNode, inputs: Sequence[Value | None]) -> None:
         raise node.invalid(f"cannot reshape {text}: {given} elements are not {wanted}")
 
 
+def _check_depth(node: OnnxNode, inputs: Sequence[Value | None]) -> None:
+    """The positions 0, 1, ... that one-hot vectors are compared with become a constant."""
+    depth = constant_array(inputs[1]) if len(inputs) > 1 and inputs[1] is not None else None
+    if depth is not None and depth.size and np.isfinite(depth).all():
+        check_planned(8 * int(depth.reshape(-1)[0]), node.limits)
+
+
+def _check_eye(node: OnnxNode, inputs: Sequence[Value | None]) -> None:
+    """An identity matrix becomes a constant."""
+    if inputs and inputs[0] is not None:
+        check_planned(8 * inputs[0].type.elements, node.limits)
+
+
 def _check_indices(node: OnnxNode, inputs: Sequence[Value | None]) -> None:
     """Constant indices along one axis must lie in [-size, size)."""
     if len(inputs) < 2 or inputs[0] is None or inputs[1] is None:
@@ -163,6 +176,8 @@ _RULES: dict[str, Callable[[OnnxNode, Sequence[Value | None]], None]] = {
     "DepthToSpace": _check_block,
     "SpaceToDepth": _check_block,
     "Reshape": _check_reshape,
+    "OneHot": _check_depth,
+    "EyeLike": _check_eye,
     "Gather": _check_indices,
     "GatherElements": _check_indices,
     "ScatterElements": _check_indices,

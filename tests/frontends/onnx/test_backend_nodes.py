@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,13 +14,10 @@ from onnx import numpy_helper
 from onnx.backend.test.case.node import collect_testcases
 from onnx.backend.test.case.test_case import TestCase as NodeTest
 
-from cnnc.errors import UnsupportedError
+from cnnc.errors import CnncError, UnsupportedError
 from cnnc.frontends.onnx import import_model
 from cnnc.frontends.onnx.tensors import NUMPY
 from cnnc.ir.interp import run
-from cnnc.ir.types import DType
-
-_CARRIED = {dtype.numpy for dtype in DType}
 
 
 @cache
@@ -28,8 +26,8 @@ def node_tests() -> tuple[NodeTest, ...]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cases = collect_testcases(None)
-    found = {case.name: case for case in cases if case.model is not None and case.data_sets}
-    return tuple(case for name, case in sorted(found.items()) if not _draws(case.model))
+    found = {case.name: case for case in cases if case.model is not None and not _draws(case.model)}
+    return tuple(case for _, case in sorted(found.items()))
 
 
 def _draws(model: onnx.ModelProto) -> bool:
@@ -41,54 +39,77 @@ def as_array(given: object) -> np.ndarray | None:
     """Give a test's input or output as an array; None for sequences and optionals."""
     if isinstance(given, onnx.TensorProto):
         return numpy_helper.to_array(given)
-    return given if isinstance(given, np.ndarray | np.generic) else None
+    return np.asarray(given) if isinstance(given, np.ndarray | np.generic) else None
 
 
-def with_constants(model: onnx.ModelProto, inputs: Sequence[np.ndarray | None]) -> onnx.ModelProto | None:
-    """Give the model with every integer or boolean input stored as an initializer, as exporters write shapes.
-
-    None where there is none.
-    """
+def with_constants(
+    model: onnx.ModelProto, inputs: Sequence[np.ndarray | None], chosen: Callable[[int, np.ndarray], bool]
+) -> onnx.ModelProto | None:
+    """Give the model with the chosen inputs stored as initializers, as exporters do; None where there is none."""
     changed = onnx.ModelProto.FromString(model.SerializeToString())
-    for value, array in zip(list(changed.graph.input), inputs, strict=False):
-        if array is None or array.dtype.kind not in "iub" or array.dtype not in NUMPY.values():
-            continue
-        changed.graph.initializer.append(numpy_helper.from_array(array, value.name))
-        changed.graph.input.remove(value)
+    for position, (value, array) in enumerate(zip(list(changed.graph.input), inputs, strict=False)):
+        if array is not None and array.dtype in NUMPY.values() and chosen(position, array):
+            changed.graph.initializer.append(numpy_helper.from_array(array, value.name))
+            changed.graph.input.remove(value)
     return changed if changed.graph.initializer else None
 
 
-def outcome(
-    model: onnx.ModelProto, arrays: dict[str, np.ndarray | None], wanted: Sequence[np.ndarray | None], case: NodeTest
-) -> str:
-    """Import and interpret; `passed`, or why it was refused.  Wrong numbers raise `AssertionError`."""
+def outcome(model: onnx.ModelProto, inputs: Sequence[np.ndarray | None], case: NodeTest, wanted: list[Any]) -> str:
+    """Import and interpret; gives `passed`, `refused: ...` or `wrong: ...`."""
+    names = [value.name for value in case.model.graph.input] if case.model is not None else []
+    arrays = dict(zip(names, inputs, strict=False))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             graph = import_model(model)
+            results = run(graph, [np.asarray(arrays[name]) for name in graph.input_names])
+            for result, want in zip(results, wanted, strict=True):
+                assert_near(result, want, case)
         except UnsupportedError as error:
             return f"refused: {error}"
-    results = run(graph, [np.asarray(arrays[name]) for name in graph.input_names])
-    for result, want in zip(results, wanted, strict=True):
-        assert want is not None
-        assert result.dtype == want.dtype
-        assert result.shape == want.shape
-        if want.dtype.kind in "fV":
-            loose = want.dtype.itemsize == 2
-            rtol, atol = (max(case.rtol, 1e-2), 1e-2) if loose else (case.rtol, max(case.atol, 1e-6))
-            np.testing.assert_allclose(result.astype(np.float64), want.astype(np.float64), rtol=rtol, atol=atol)
-        else:
-            np.testing.assert_array_equal(result, want)
+        except (CnncError, AssertionError) as error:
+            return f"wrong: {error}"
     return "passed"
 
 
-@pytest.mark.parametrize("case", node_tests(), ids=lambda case: case.name)
-def test_right_or_refused(case: NodeTest) -> None:
-    for given, expected in case.data_sets:
+def assert_near(result: np.ndarray, want: np.ndarray, case: NodeTest) -> None:
+    """Compare type, shape and numbers, within the test's own tolerance (1e-2 for 16-bit floats)."""
+    assert (result.dtype, result.shape) == (want.dtype, want.shape)
+    if want.dtype.kind not in "fV":
+        np.testing.assert_array_equal(result, want)
+        return
+    loose = 1e-2 if want.dtype.itemsize == 2 else 0
+    rtol, atol = max(case.rtol, loose), max(case.atol, loose, 1e-6)
+    np.testing.assert_allclose(result.astype(np.float64), want.astype(np.float64), rtol=rtol, atol=atol)
+
+
+@cache
+def outcomes(name: str) -> tuple[str, ...]:
+    """Give the outcomes of a node test: as it stands, with integer inputs stored, with all but the first stored."""
+    (case,) = (case for case in node_tests() if case.name == name)
+    assert case.model is not None
+    found = []
+    for given, expected in case.data_sets or ():
         inputs, wanted = [as_array(i) for i in given], [as_array(o) for o in expected]
-        names = [value.name for value in case.model.graph.input]
-        arrays = dict(zip(names, inputs, strict=False))
-        outcome(case.model, arrays, wanted, case)
-        constants = with_constants(case.model, inputs)
-        if constants is not None:
-            outcome(constants, arrays, wanted, case)
+        variants = (
+            case.model,
+            with_constants(case.model, inputs, lambda _, array: array.dtype.kind in "iub"),
+            with_constants(case.model, inputs, lambda position, _: position > 0),
+        )
+        found += [outcome(model, inputs, case, wanted) for model in variants if model is not None]
+    return tuple(found)
+
+
+NAMES = tuple(case.name for case in node_tests())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_right_or_refused(name: str) -> None:
+    assert [result for result in outcomes(name) if result.startswith("wrong")] == []
+
+
+def test_most_are_right() -> None:
+    """A lost operator must not pass for a refusal: about 70 % of all node tests pass, most of the rest are of types
+    or operators that networks of images do not have (strings, 4-bit numbers, sequences, optimisers)."""
+    passed = [name for name in NAMES if "passed" in outcomes(name)]
+    assert len(passed) / len(NAMES) > 0.69

@@ -182,7 +182,7 @@ def test_if_at_run_time_is_unsupported() -> None:
 def scaled(opset: int = 17) -> onnx.FunctionProto:
     """own::Scaled(a) = Relu(a) * s(factor), with a default for the attribute."""
     multiplier = node("Constant", "", "s")
-    multiplier.attribute.append(onnx.AttributeProto(name="value_float", ref_attr_name="factor", type=1))
+    multiplier.attribute.append(onnx.AttributeProto(name="value_float", ref_attr_name="factor", type="FLOAT"))
     function = helper.make_function(
         "own",
         "Scaled",
