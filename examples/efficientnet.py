@@ -29,18 +29,18 @@ class Stage(NamedTuple):
     expansion: int
     kernel: int
     channels: int
-    count: int
+    repeats: int
     stride: int
 
 
 TABLE = (
-    Stage(expansion=1, kernel=3, channels=16, count=1, stride=1),
-    Stage(expansion=6, kernel=3, channels=24, count=2, stride=2),
-    Stage(expansion=6, kernel=5, channels=40, count=2, stride=2),
-    Stage(expansion=6, kernel=3, channels=80, count=3, stride=2),
-    Stage(expansion=6, kernel=5, channels=112, count=3, stride=1),
-    Stage(expansion=6, kernel=5, channels=192, count=4, stride=2),
-    Stage(expansion=6, kernel=3, channels=320, count=1, stride=1),
+    Stage(expansion=1, kernel=3, channels=16, repeats=1, stride=1),
+    Stage(expansion=6, kernel=3, channels=24, repeats=2, stride=2),
+    Stage(expansion=6, kernel=5, channels=40, repeats=2, stride=2),
+    Stage(expansion=6, kernel=3, channels=80, repeats=3, stride=2),
+    Stage(expansion=6, kernel=5, channels=112, repeats=3, stride=1),
+    Stage(expansion=6, kernel=5, channels=192, repeats=4, stride=2),
+    Stage(expansion=6, kernel=3, channels=320, repeats=1, stride=1),
 )
 
 
@@ -84,7 +84,7 @@ def efficientnet(x: Tensor, width: float, depth: float, rate: float) -> Tensor:
     """Build the network of table 1, wider and deeper."""
     x = x >> conv(scaled(32, width), 3, stride=2, pad=1, bias=False, name="conv_stem") >> batch_norm(name="bn1") >> silu
     for number, stage in enumerate(TABLE):
-        for i in range(math.ceil(stage.count * depth)):
+        for i in range(math.ceil(stage.repeats * depth)):
             with scope("blocks", number, i):
                 x = mbconv(x, stage, scaled(stage.channels, width), stage.stride if i == 0 else 1)
     x = x >> pointwise(scaled(1280, width), 2, "conv_head") >> silu

@@ -85,6 +85,8 @@ def _is_unused(name: str, training_only: tuple[str, ...]) -> bool:
 
 def _array(value: Any) -> np.ndarray:
     """Give an array of anything numpy reads; PyTorch's bf16 tensors it does not, so those go through f32."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
     if str(getattr(value, "dtype", "")) == "torch.bfloat16":
         value = value.float()
     return np.asarray(value)

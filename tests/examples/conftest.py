@@ -30,6 +30,12 @@ def example() -> Callable[..., Network]:
 
 
 @pytest.fixture(scope="session")
+def example_path() -> Callable[[str], str]:
+    """Give the path of a network of the examples, as `file.py:name`."""
+    return lambda spec: str(EXAMPLES / spec)
+
+
+@pytest.fixture(scope="session")
 def published() -> Callable[[str], Any]:
     """Make the module that torchvision or timm publishes under a network's name, ready for inference."""
     torch = pytest.importorskip("torch")

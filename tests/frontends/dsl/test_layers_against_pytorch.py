@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -225,3 +226,22 @@ def test_lenet5(example_path: Callable[[str], str]) -> None:
         wanted = whole.double()(torch.from_numpy(x)).numpy()
     got = evaluate(net.graph(), {"x": x}, precise=True)["output"]
     np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_parameters_of_a_module_load_as_they_are(dtype: Any) -> None:
+    net = network(x=IMAGE)(lambda x: x >> dsl.conv(4, 3, name="0") >> dsl.batch_norm(name="1"))()
+    module = nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)).to(dtype)
+    net.load_state_dict({**module.state_dict(), **dict(module.named_parameters())})
+    for name, tensor in module.state_dict().items():
+        if name != "1.num_batches_tracked":
+            np.testing.assert_array_equal(net.weights[name], tensor.float().numpy())
+
+
+def test_a_safetensors_file_of_pytorch_loads(tmp_path: Path) -> None:
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    module = nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)).bfloat16()
+    save_file(module.state_dict(), tmp_path / "m.safetensors")
+    net = network(x=IMAGE)(lambda x: x >> dsl.conv(4, 3, name="0") >> dsl.batch_norm(name="1"))()
+    net.load(tmp_path / "m.safetensors")
+    np.testing.assert_array_equal(net.weights["0.weight"], module[0].weight.detach().float().numpy())
