@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cnnc.errors import EnvironmentProblem, UsageError
 
@@ -78,7 +78,7 @@ def _write_ir(build: Build, path: Path) -> None:
     from cnnc.backends.host.publish import publish
     from cnnc.ir.text import print_graph, weights_of
 
-    arrays = {name: array.reshape(-1).view(np.uint8) for name, array in weights_of(build.graph).items()}
+    arrays: dict[str, Any] = {k: array.reshape(-1).view(np.uint8) for k, array in weights_of(build.graph).items()}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     publish(path.with_suffix(".npz"), buffer.getvalue())

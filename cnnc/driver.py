@@ -140,7 +140,7 @@ def load(path: str | os.PathLike[str], *, threads: int = 1) -> Module:
     """Load a binary made by `Module.save`; raises `CheckFailed` for a damaged file or a CPU that lacks a feature."""
     from cnnc.artifact import open_checked
 
-    return Module(open_checked(Path(path)), threads=threads, path=Path(path))
+    return Module(open_checked(Path(path)), threads=threads)
 
 
 def load_graph(source: Source, options: Options | None = None) -> Graph:

@@ -41,10 +41,9 @@ class Module:
     each gets a context of its own.  numpy arrays go in without a copy where they are 64-byte aligned.
     """
 
-    def __init__(self, model: LoadedModel, *, threads: int = 1, build: Build | None = None, path: Path | None = None) -> None:
+    def __init__(self, model: LoadedModel, *, threads: int = 1, build: Build | None = None) -> None:
         self._model = model
         self._build = build
-        self._path = path
         self._contexts = threading.local()
         self.threads = threads
 
@@ -98,7 +97,7 @@ class Module:
 
     def with_threads(self, threads: int) -> Module:
         """Give the same network run by another number of threads (weights are shared)."""
-        return Module(self._model, threads=threads, build=self._build, path=self._path)
+        return Module(self._model, threads=threads, build=self._build)
 
     def profile(self, feeds: Mapping[str, np.ndarray], repeats: int = 20) -> list[KernelTiming]:
         """Run `repeats` times with the kernels' clocks on and give the mean time of each kernel call."""

@@ -84,7 +84,7 @@ def _show_binary(module: Module, path: str, form: str) -> None:
         kind: {p.name: f"{p.dtype}{list(p.shape)}" for p in values}
         for kind, values in (("inputs", module.inputs), ("outputs", module.outputs))
     }
-    kernels = [
+    kernels: list[dict[str, Any]] = [
         {"symbol": k.symbol, "layers": list(k.layers), "flops": k.flops, "bytes": k.bytes, "schedule": k.schedule}
         for k in module.kernels
     ]
@@ -92,7 +92,7 @@ def _show_binary(module: Module, path: str, form: str) -> None:
         print_json("inspect", {"binary": path, "meta": module.meta, **ports, "kernels": kernels})
         return
     rows = [
-        (i, k["schedule"], f"{k['flops']:,}", format_bytes(int(k["bytes"])), ", ".join(k["layers"]))
+        (i, k["schedule"], f"{k['flops']:,}", format_bytes(k["bytes"]), ", ".join(k["layers"]))
         for i, k in enumerate(kernels)
     ]
     columns = [("#", "right"), ("schedule", "left"), ("flops", "right"), ("bytes", "right"), ("layers", "left")]
