@@ -155,7 +155,7 @@ def test_group_normalization_in_both_meanings(opset: int, entries: int) -> None:
     weights = [torch.from_numpy(np.repeat(v, 6 // entries)) for v in arrays[1:]]
     wanted = functional.group_norm(torch.from_numpy(arrays[0]), 3, *weights, 1e-3)
     check(run(Graph("group_norm", values, (y,)), arrays)[0], wanted)
-    with pytest.raises(ModelError, match=r"one entry for each of 3 groups|gamma must be a vector of 6"):
+    with pytest.raises(ModelError, match=r"for each of 3 groups|gamma must be a vector of 6"):
         ONNX_READERS["", "GroupNormalization"](
             GroupNode(opset), values[0], graph_input("v", (4,)), graph_input("w", (4,))
         )
@@ -204,13 +204,6 @@ def test_refuses(op: Op, types: tuple[TensorType, ...], message: str) -> None:
             {"num_groups": 4, "opset": 21},
             ModelError,
             "must divide the 6",
-        ),
-        (
-            "GroupNormalization",
-            [(1, 6, 2), (6,), (6,)],
-            {"num_groups": 3},
-            ModelError,
-            "one entry for each of 3 groups",
         ),
         ("LayerNormalization", [(2, 3), (3,)], {"stash_type": 10}, UnsupportedError, "statistics in f16"),
         ("LpNormalization", [(2, 3)], {"p": 3}, ModelError, "p=3 is neither 1 nor 2"),
