@@ -22,7 +22,7 @@ from cnnc.frontends.dsl.tensor import Tensor
 from cnnc.frontends.dsl.weights import checked_weights, read_weights, write_weights
 from cnnc.ir.graph import Graph, Value
 from cnnc.ir.rewrite import map_graph, rebuild
-from cnnc.ir.types import Size, TensorType
+from cnnc.ir.types import Dim, Size, TensorType
 from cnnc.ops.source import Parameter, constant, graph_input
 
 Shape: TypeAlias = tuple[Size, ...] | TensorType
@@ -171,10 +171,19 @@ class Definition(Composable):
 
     def __call__(self, *tensors: Tensor, batch: Size | None = 1, **options: Any) -> Any:
         """Make the network; on tensors, apply the function to them and give what it returns."""
-        if tensors:
+        if tensors or any(isinstance(option, Tensor) for option in options.values()):
             return self.define(*tensors, **options)
+        self._check_options(options)
         shapes = {name: options.pop(name, shape) for name, shape in self.inputs.items()}
         return _write_down(self, shapes, batch, options)
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        known = inspect.signature(self.define).parameters
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+            return
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise UsageError(f"network {self.name}: takes batch, {', '.join(known)}, not {', '.join(unknown)}{trace()}")
 
     def __repr__(self) -> str:
         return f"<network {self.name}>"
@@ -220,8 +229,12 @@ def _write_down(
 
 
 def _input(name: str, shape: Shape, batch: Size | None) -> Value:
-    sizes = shape.shape if isinstance(shape, TensorType) else tuple(shape)
-    whole = sizes if batch is None else (batch, *sizes)
+    sizes = shape.shape if isinstance(shape, TensorType) else shape
+    if not isinstance(sizes, tuple | list) or not all(isinstance(size, int | Dim) for size in sizes):
+        raise UsageError(
+            f"input {name}: wants its shape without the batch, as in (3, 224, 224), got {shape!r}{trace()}"
+        )
+    whole = tuple(sizes) if batch is None else (batch, *sizes)
     if isinstance(shape, TensorType):
         return graph_input(name, whole, shape.dtype)
     return graph_input(name, whole)

@@ -177,6 +177,23 @@ def test_a_network_returns_tensors(result: Any) -> None:
         wrong()
 
 
+@pytest.mark.parametrize("shape", [224, "big", (3, "x"), (1.5,)])
+def test_an_input_has_a_shape(shape: Any) -> None:
+    made = network(x=shape)(lambda x: x)
+    with pytest.raises(UsageError, match=r"input x: wants its shape without the batch, as in \(3, 224, 224\)"):
+        made()
+
+
+def test_a_network_takes_its_own_options_only() -> None:
+    @network(x=(3, 8, 8))
+    def net(x: Tensor, classes: int = 3) -> Tensor:
+        return x >> flatten >> linear(classes)
+
+    assert net(classes=5).outputs[0].shape == (1, 5)
+    with pytest.raises(UsageError, match="network net: takes batch, x, classes, not clases"):
+        net(clases=5)
+
+
 def test_the_inputs_of_a_network_are_its_parameters() -> None:
     with pytest.raises(UsageError, match=r"gives shapes of \['y'\]"):
         network(y=(3,))(lambda x: x)
