@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -124,3 +125,13 @@ def test_outputs_in_full_size_equal_pytorch(
 ) -> None:
     net = example(name).init(seed=5)
     check_outputs(net, published(name), net.inputs[0].type.static_shape, engine)
+
+
+def test_every_network_of_the_examples_is_tested() -> None:
+    folder = Path(__file__).parents[2] / "examples"
+    written = {
+        name
+        for path in folder.glob("*.py")
+        for name in re.findall(r"^@network\(.*\)\ndef (\w+)", path.read_text(), re.MULTILINE)
+    }
+    assert written == set(NETWORKS) | {"filters", "edges", "emboss", "cross"}

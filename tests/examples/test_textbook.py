@@ -8,7 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cnnc.frontends.dsl import Network, Tensor, concat, conv, correlate, flatten, linear, max_pool, network, relu
+from cnnc.frontends.dsl import (
+    Network,
+    Tensor,
+    concat,
+    conv,
+    correlate,
+    flatten,
+    linear,
+    load_network,
+    max_pool,
+    network,
+    relu,
+)
 from cnnc.frontends.dsl.receptive_field import receptive_fields
 from cnnc.frontends.dsl.summary import multiply_adds
 from cnnc.ir.interp import evaluate
@@ -64,12 +76,14 @@ def test_padding_same_puts_the_odd_row_at_the_end() -> None:
     assert build(conv(1, 3, pad="valid"), 1, 9, 9).outputs[0].shape == (1, 1, 7, 7)
 
 
-def test_the_worked_correlation() -> None:
+def test_the_worked_correlation(example_path: Callable[[str], str]) -> None:
     rows = ["10210", "01011", "10100", "00110", "11001"]
     picture = np.array([[float(digit) for digit in row] for row in rows], np.float32).reshape(1, 1, 5, 5)
     net = build(correlate(np.array([[1, 0, 1], [0, 1, 0], [1, 0, 1]]), pad="valid"), 1, 5, 5)
-    got = evaluate(net.graph(), {"x": picture})["output"][0, 0]
-    assert ["".join(str(int(number)) for number in row) for row in got] == ["614", "142", "323"]
+    example = load_network(example_path("filters.py:cross"))
+    for graph in (net.graph(), example.graph()):
+        got = evaluate(graph, {"x": picture})["output"][0, 0]
+        assert ["".join(str(int(number)) for number in row) for row in got] == ["614", "142", "323"]
 
 
 def test_naive_inception_costs_854_million_and_bottlenecks_271() -> None:
