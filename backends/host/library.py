@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
-import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,8 +51,7 @@ _ERRORS: dict[int, type[CnncError]] = {
     7: CheckFailed,
     70: VerifyError,
 }
-_jit_names = itertools.count()
-_load_lock = threading.Lock()
+_load_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -319,7 +317,7 @@ class JitModel(LoadedModel):
         try:
             machine = llvm.Target.from_triple(TRIPLE).create_target_machine(reloc="pic", codemodel="small", jit=True)
             self._engine = llvm.create_lljit_compiler(machine)
-            self._tracker = builder.link(self._engine, f"cnnc_{next(_jit_names)}")
+            self._tracker = builder.link(self._engine, f"cnnc_{next(_load_numbers)}")
         except RuntimeError as error:
             raise EnvironmentProblem(f"{program.name}: cannot put the model into memory: {error}") from error
         address = self._tracker[TABLE_SYMBOL]
@@ -339,15 +337,15 @@ def _aligned_weights(program: Program) -> npt.NDArray[np.uint8]:
 def _open_library(descriptor: int, path: str) -> int:
     """Load the very file that was checked, even if another takes its place under the same path.
 
-    glibc remembers libraries by the path they were asked for, so each load uses a spelling of its own.
+    glibc remembers libraries by the path they were asked for, so each load spells the path in a way of its own.
     """
     flags = os.RTLD_NOW | os.RTLD_LOCAL
-    with _load_lock:
-        spelling = f"/proc/self/fd/{'./' * (next(_jit_names) % 1000)}{descriptor}"
-        try:
-            return ctypes.CDLL(spelling if os.path.exists(spelling) else path, mode=flags)._handle
-        except OSError as error:
-            raise CheckFailed(f"cannot be loaded: {error}") from error
+    detour = "".join(".//" if bit == "1" else "./" for bit in f"{next(_load_numbers):b}")
+    spelling = f"/proc/self/fd/{detour}{descriptor}"
+    try:
+        return ctypes.CDLL(spelling if os.path.exists(spelling) else path, mode=flags)._handle
+    except OSError as error:
+        raise CheckFailed(f"cannot be loaded: {error}") from error
 
 
 def _dlclose(handle: int) -> None:

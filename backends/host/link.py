@@ -15,7 +15,7 @@ from pathlib import Path
 from cnnc.backends.host.driver import TABLE_SYMBOL, emit_driver, exported_symbols
 from cnnc.backends.host.program import Program
 from cnnc.backends.host.publish import published
-from cnnc.backends.host.toolchain import compiler, run_tool, runtime_objects, tool, work_folder
+from cnnc.backends.host.toolchain import compiler, run_tool, runtime_objects, tool
 from cnnc.errors import CheckFailed, EnvironmentProblem, VerifyError
 
 _LINK_FLAGS = (
@@ -52,7 +52,8 @@ def build_shared(program: Program, objects: Sequence[bytes], path: str | os.Path
 
     The path holds the old file or the whole new one.  Raises EnvironmentProblem when the tools or the disk fail.
     """
-    with published(Path(path), mode=0o755) as out, work_folder() as folder:
+    with published(Path(path), mode=0o755) as out:
+        folder = out.parent
         names = _collect(folder, program, objects, runtime_objects())
         exports = "".join(f"    {symbol};\n" for symbol in exported_symbols(program))
         (folder / "exports.map").write_text(f"{{\n  global:\n{exports}  local: *;\n}};\n")
@@ -63,7 +64,8 @@ def build_shared(program: Program, objects: Sequence[bytes], path: str | os.Path
 
 def build_executable(program: Program, objects: Sequence[bytes], path: str | os.PathLike[str]) -> None:
     """Write a command-line program that reads arrays or pictures and prints or writes the outputs."""
-    with published(Path(path), mode=0o755) as out, work_folder() as folder:
+    with published(Path(path), mode=0o755) as out:
+        folder = out.parent
         names = _collect(folder, program, objects, runtime_objects(with_main=True))
         _link(program, folder, out, ["-pie", *names])
         _seal(out)
@@ -71,7 +73,8 @@ def build_executable(program: Program, objects: Sequence[bytes], path: str | os.
 
 def build_object(program: Program, objects: Sequence[bytes], path: str | os.PathLike[str]) -> None:
     """Write one relocatable object, for linking into a program; only the model's own functions stay visible."""
-    with published(Path(path)) as out, work_folder() as folder:
+    with published(Path(path)) as out:
+        folder = out.parent
         names = _collect(folder, program, objects, runtime_objects())
         run_tool([tool("ld"), "-r", "-o", "all.o", *names], folder)
         # Two models in one program must not fight over the table for generic loaders.
@@ -110,7 +113,7 @@ def _collect(folder: Path, program: Program, objects: Sequence[bytes], runtime: 
             (folder / "weights.bin").unlink()
             names.append("weights.o")
     except OSError as error:
-        raise EnvironmentProblem(f"cannot write to the temporary folder {folder}: {error.strerror}") from error
+        raise EnvironmentProblem(f"cannot write to {folder.parent}: {error.strerror}") from error
     return names
 
 

@@ -34,6 +34,17 @@ ALIGNMENT = 64
 MAX_WEIGHTS = 2**31 - 2**27
 MAX_SLICES = 2**31 - 1
 
+# What `runtime/cpu.c` can check, under LLVM's names.
+_CPU_FEATURES = """
+    adx aes amx-bf16 amx-complex amx-fp16 amx-int8 amx-tile avx avx2 avx512bf16 avx512bitalg avx512bw
+    avx512cd avx512dq avx512f avx512fp16 avx512ifma avx512vbmi avx512vbmi2 avx512vl avx512vnni
+    avx512vp2intersect avx512vpopcntdq avxifma avxneconvert avxvnni avxvnniint16 avxvnniint8 bmi bmi2
+    clflushopt clwb clzero cmov cx16 f16c fma fsgsbase fxsr gfni lahf lzcnt mmx movbe movdir64b movdiri
+    pclmul popcnt prefetchi prfchw rdrnd rdseed sahf sha sse sse2 sse3 sse4.1 sse4.2 sse4a ssse3 vaes
+    vpclmulqdq xsave xsavec xsaveopt
+"""
+CPU_FEATURES = frozenset(_CPU_FEATURES.split())
+
 _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_.$]*\Z")
 
 # Words that must not become the prefix of `<prefix>_create` and its companions: keywords of C and C++,
@@ -99,7 +110,7 @@ class KernelCall:
 class Program:
     """A whole model as the host driver runs it: kernels in order over one arena and one block of weights.
 
-    `features` are LLVM's names of the CPU features the kernels need; `meta` is JSON that travels in the binary.
+    `features` are the CPU features the kernels need, of CPU_FEATURES; `meta` is JSON that travels in the binary.
     """
 
     name: str
@@ -151,6 +162,9 @@ def check_program(program: Program) -> None:
         )
     if program.arena_bytes < 0 or program.scratch_bytes < 0:
         raise VerifyError(f"{program.name}: arena or scratch of a negative size")
+    unknown = sorted(set(program.features) - CPU_FEATURES)
+    if unknown:
+        raise VerifyError(f"{program.name}: the runtime cannot check for the CPU features {unknown}")
     for port in (*program.inputs, *program.outputs):
         _check_port(program, port)
     arguments: dict[str, int] = {}

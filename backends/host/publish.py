@@ -19,6 +19,7 @@ _SUFFIX = ".cnnc-tmp"
 def published(path: Path, mode: int = 0o644) -> Iterator[Path]:
     """Give a temporary path on the same disk; when the block ends well it is flushed and takes the place of `path`.
 
+    The folder it is in is the caller's own, for other temporary files, and goes away in any case.
     Raises EnvironmentProblem when the folder or disk does not allow it; the old file is then as it was.
     """
     path = Path(os.path.abspath(path))

@@ -15,7 +15,8 @@ from hypothesis import given
 
 from cnnc.backends.host.driver import SUFFIXES, driver_ir, emit_driver
 from cnnc.backends.host.header import emit_header
-from cnnc.backends.host.program import MAX_WEIGHTS, KernelCall, Port, Program, Slot, c_prefix
+from cnnc.backends.host.program import CPU_FEATURES, MAX_WEIGHTS, KernelCall, Port, Program, Slot, c_prefix
+from cnnc.backends.host.toolchain import RUNTIME
 from cnnc.errors import LimitError, VerifyError
 
 
@@ -23,6 +24,7 @@ from cnnc.errors import LimitError, VerifyError
     ("change", "message"),
     [
         ({"arena_bytes": -1}, "negative size"),
+        ({"features": ("avx2", "prefer-256-bit")}, r"cannot check for the CPU features \['prefer-256-bit'\]"),
         ({"inputs": (Port("x", "f12", ()),)}, "dtype 'f12'"),
         ({"inputs": (Port("x", "f32", (2, -1)),)}, r"shape \(2, -1\)"),
         ({"calls": (KernelCall("a b", ()),)}, "not a symbol"),
@@ -118,9 +120,13 @@ def test_headers_compile_whatever_the_names(name: str, language: str, tmp_path: 
     subprocess.run([*compiler, *flags, "m.c"], cwd=tmp_path, check=True)
 
 
-def test_header_and_runtime_agree(small: Any) -> None:
-    from cnnc.backends.host.toolchain import RUNTIME
+def test_features_are_those_of_the_runtime() -> None:
+    names = re.findall(r'FEATURE\("([^"]+)"', (RUNTIME / "cpu.c").read_text())
+    assert len(names) == len(set(names))
+    assert set(names) == CPU_FEATURES
 
+
+def test_header_and_runtime_agree(small: Any) -> None:
     def codes(text: str, prefix: str) -> dict[str, str]:
         return dict(re.findall(rf"{prefix}_((?:OK|ERROR_\w+)) = (\d+)", text))
 
