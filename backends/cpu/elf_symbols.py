@@ -29,7 +29,7 @@ def read_symbols(code: bytes) -> Symbols:
         raise VerifyError("code generation did not give a 64-bit little-endian ELF object")
     try:
         found = list(_symbols(code))
-    except (struct.error, ValueError, IndexError) as error:
+    except (struct.error, ValueError, IndexError, OverflowError) as error:
         raise VerifyError(f"code generation gave a damaged ELF object: {error}") from error
     return Symbols(
         frozenset(name for name, defined in found if defined),
