@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import os
 import weakref
 from collections.abc import Sequence
@@ -148,10 +149,9 @@ class _Table(ctypes.Structure):
 def aligned_empty(shape: Sequence[int], dtype: str) -> Array:
     """Return a new array whose data is aligned to 64 bytes, so that a model writes into it without a copy."""
     kind = _NUMPY[dtype]
-    count = int(np.prod(shape, dtype=np.int64))
-    raw = np.empty(count * kind.itemsize + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + count * kind.itemsize].view(kind).reshape(shape)
+    size = math.prod(shape) * kind.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    return np.ndarray(tuple(shape), kind, raw, -raw.ctypes.data % ALIGNMENT)
 
 
 class Context:
@@ -219,7 +219,8 @@ class Context:
                     f"{self.model.name}: input {port.name!r} is {port.dtype}{list(port.shape)}, "
                     f"got {array.dtype}{list(array.shape)}"
                 )
-            arrays.append(np.ascontiguousarray(array).reshape(port.shape))
+            # ascontiguousarray would make a scalar a vector.
+            arrays.append(array if array.flags.c_contiguous else array.copy(order="C"))
         return arrays
 
     def _check(self, code: int) -> None:
