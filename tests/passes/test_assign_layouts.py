@@ -191,7 +191,7 @@ def test_the_block_is_an_option(rng):
 
 
 def zigzag(rng: np.random.Generator, kinds: str) -> Graph:
-    """Build a chain of what can be blocked (c a convolution, r a relu and a sum) and what cannot (t a transposition)."""
+    """Build a chain of what can be blocked (c a convolution, r a relu and a sum) and what cannot (t a transpose)."""
     y: Value = image(1, 8, 8, 8)
     for kind in kinds:
         if kind == "c":
