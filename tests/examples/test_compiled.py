@@ -46,5 +46,11 @@ def test_the_quick_ones(example: Callable[..., Network], name: str) -> None:
     check(example(name, x=(3, 64, 64)).init(seed=2))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size"), [("alexnet_2012", (3, 227, 227)), ("googlenet_2014", (3, 64, 96))])
+def test_those_with_lrn(example: Callable[..., Network], name: str, size: tuple[int, ...]) -> None:
+    check(example(name, x=size).init(seed=4))
+
+
 def test_a_layer_inside(example: Callable[..., Network]) -> None:
     check(example("resnet18", x=(3, 40, 56)).init(seed=3).cut("layer1", "layer2.0.conv1", "fc"))
