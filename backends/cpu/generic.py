@@ -41,6 +41,9 @@ class Generic:
 
     def build(self, kernel: Fused, schedule: Schedule, target: Target) -> Any:
         """Give the scheduled PrimFunc over the kernel's inputs, then its outputs."""
+        from cnnc.backends.load_tvm import load_tvm
+
+        load_tvm()
         from cnnc.backends.cpu.generic_schedule import schedule_generic
         from cnnc.backends.lower.kernel import lower_kernel
 

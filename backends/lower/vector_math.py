@@ -149,7 +149,7 @@ def _lowering(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda call: _let(call.args[0], function)
 
 
-def _type(x: Any) -> Any:
+def _type(x: Any) -> str:
     return str(x.ty.dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -42,6 +43,8 @@ def poisoned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 def link(kernels: Sequence[KernelObject], folder: Path) -> ctypes.CDLL:
     """Link kernels into a library and load it."""
+    # A path that was loaded before would give the old library again.
+    folder = Path(tempfile.mkdtemp(dir=folder))
     files = []
     for kernel in kernels:
         file = folder / f"{kernel.symbol}.o"
