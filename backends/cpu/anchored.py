@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -9,7 +10,7 @@ from cnnc.backends.cpu.machine import Machine
 from cnnc.errors import VerifyError
 from cnnc.ir.graph import Node
 from cnnc.ir.op import Kind
-from cnnc.ir.types import DType
+from cnnc.ir.types import DType, TensorType
 from cnnc.ops.fused import Fused, Schedule
 from cnnc.target import Target
 
@@ -84,7 +85,21 @@ def body_of(kernel: Fused, anchor: Node) -> Body:
     final = lowered.outputs[0]
     placeholders = dict(zip(kernel.body.inputs, lowered.inputs, strict=True))
     operands = tuple(placeholders[value] for value in anchor.inputs)
-    return Body(lowered.inputs, operands, _reduction(final), final)
+    return Body(lowered.inputs, operands, _reduction(final), final, _guards_lanes_only(kernel, anchor))
+
+
+def _guards_lanes_only(kernel: Fused, anchor: Node) -> bool:
+    """Tell whether all that follows the anchor reads its own element, or that of a vector along the channels."""
+    followers = [node for node in kernel.body.nodes if node is not anchor and node.op.name not in ("input", "constant")]
+    if any(node.op.kind is not Kind.ELEMENTWISE for node in followers):
+        return False
+    result = anchor.types[0]
+
+    def is_vector(type_: TensorType) -> bool:
+        return max(type_.static_shape, default=1) == math.prod(type_.static_shape)
+
+    read = [value.type for node in followers for value in node.inputs]
+    return all(type_ == result or is_vector(type_) for type_ in read)
 
 
 def _reduction(final: Any) -> Any:

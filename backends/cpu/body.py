@@ -26,13 +26,15 @@ class Body:
 
     `inputs` are TE placeholders of all inputs in the order of the kernel's parameters, `operands` those of them
     that the anchor takes; `anchor` is the tensor the template computes, and `final` the kernel's output, which
-    follows from the anchor (or is it) by stages without reductions and has its shape.
+    follows from the anchor (or is it) by stages without reductions and has its shape.  `guards_lanes_only` says
+    that conditions in those stages keep nothing from being read but what pad lanes would read beside their vector.
     """
 
     inputs: tuple[Any, ...]
     operands: tuple[Any, ...]
     anchor: Any
     final: Any
+    guards_lanes_only: bool = False
 
     def bind(self, shape: Sequence[int]) -> BoundBody:
         """Declare the buffers; raises VerifyError if anchor or output are not of the anchor's physical `shape`."""
@@ -89,7 +91,7 @@ class BoundBody:
                 return accumulator
             if tensor in self.buffers:
                 return tirx.BufferLoad(self.buffers[tensor], list(at))
-            return _inlined(tensor, at, read)
+            return _inlined(tensor, at, read, self.body.guards_lanes_only)
 
         return read(self.body.final, [loops.const(index) for index in indices])
 
@@ -97,20 +99,18 @@ class BoundBody:
 _CALL = type(tirx.exp(tirx.const(0.0, "float32")))
 
 
-def _inlined(tensor: Any, at: Sequence[Any], read: Callable[[Any, Sequence[Any]], Any]) -> Any:
+def _inlined(tensor: Any, at: Sequence[Any], read: Callable[[Any, Sequence[Any]], Any], lanes_only: bool) -> Any:
     """Give the body of a compute stage at the given indices, its inputs replaced by what `read` gives."""
     if not isinstance(tensor.op, te.ComputeOp) or tensor.op.reduce_axis:
         raise VerifyError(f"epilogue stage {tensor.op.name} is no elementwise computation")
     indices = dict(zip((axis.var for axis in tensor.op.axis), at, strict=True))
 
     def call(node: Any) -> Any:
-        match node.op.name:
-            case "te.tensor_load":
-                return read(node.args[0], list(node.args[1:]))
-            case "tirx.if_then_else":
-                # Guards of pad lanes: what they keep from being read is at most the rest of a vector, which is
-                # readable, and a selection stays in vector registers.
-                return tirx.Select(*node.args)
+        if node.op.name == "te.tensor_load":
+            return read(node.args[0], list(node.args[1:]))
+        if node.op.name == "tirx.if_then_else" and lanes_only:
+            # The rest of a vector is readable, as buffers are aligned to 64 bytes, and a selection has no branches.
+            return tirx.Select(*node.args)
         return node
 
     replace = [(tirx.Var, lambda var: indices.get(var, var)), (_CALL, call)]

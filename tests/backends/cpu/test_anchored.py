@@ -18,6 +18,7 @@ from cnnc.ops.binary import Add, Mul
 from cnnc.ops.conv import Conv
 from cnnc.ops.dense import Dense
 from cnnc.ops.fused import Fused
+from cnnc.ops.pad import Pad
 from cnnc.ops.pool import AveragePool, MaxPool
 from cnnc.ops.reduce import ReduceMax, ReduceMean
 from cnnc.ops.source import Input
@@ -92,6 +93,14 @@ KERNELS: dict[str, tuple[str, Fused]] = {
     "a scale for each channel": (
         "conv_direct",
         kernel("conv", [image(1, 16, 8, 8), image(16, 16, 3, 3, layout=BLOCKED), image(1, 16, 1, 1)], scaled),
+    ),
+    "a residual padded inside the kernel": (
+        "conv_direct",
+        kernel(
+            "conv",
+            [image(1, 16, 8, 8), image(20, 16, 3, 3, layout=BLOCKED), image(1, 20, 4, 5)],
+            lambda x, w, r: call(Add(), call(conv(), x, w), call(Pad((0, 0, 2, 1, 0, 0, 2, 2)), r)),
+        ),
     ),
     "first layer": (
         "conv_direct",

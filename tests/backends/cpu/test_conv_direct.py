@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 import numpy as np
@@ -173,3 +174,24 @@ def test_more_threads_never_cost_more() -> None:
         one = conv_direct.cost(shape, params, AVX2)
         four = conv_direct.cost(shape, params, Machine(lanes=8, registers=16, threads=4))
         assert 0 < four <= one
+
+
+@pytest.mark.parametrize(("block", "cpu"), [(8, "x86-64-v3"), (16, "x86-64-v4"), (16, "znver4")])
+@pytest.mark.parametrize("kernel", [3, 1])
+def test_sums_stay_in_registers(block: int, cpu: str, kernel: int) -> None:
+    """No vector goes through the stack where the arithmetic is, whether or not this machine could run it."""
+    from cnnc.backends.cpu.codegen import kernel_text
+    from cnnc.target import Target
+
+    pad = (kernel // 2,) * 4
+    shape = ConvShape(1, 64, 28, 28, 128, kernel, kernel, pad=pad, block=block)
+    body = plain_body(shape.operand_shapes, shape.output_shape)
+    func = conv_direct.build(shape, best(shape, MACHINES[block]), MACHINES[block], body)
+    text = kernel_text(func, "kernel", Target.parse(f"cpu:{cpu}"), "s")
+    text = re.sub(r"(?m)^\s*\.Ltmp.*\n", "", text)
+    hot = [part for part in re.split(r"(?m)^\.LBB\w+:", text) if part.count("vfmadd") >= 12]
+    assert hot
+    register = "zmm" if block == 16 else "ymm"
+    for part in hot:
+        through_stack = [line for line in part.splitlines() if "%rsp" in line and register in line]
+        assert len(through_stack) <= part.count("vfmadd") // 12, "\n".join(through_stack)
