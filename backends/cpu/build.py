@@ -14,11 +14,13 @@ import numpy as np
 from cnnc.backends.cache import KernelCache
 from cnnc.backends.cpu.codegen import KernelJob, KernelObject, compile_kernels
 from cnnc.backends.cpu.templates import template
+from cnnc.backends.host.library import aligned_empty
 from cnnc.backends.host.program import ALIGNMENT, KernelCall, Port, Program, Slot
 from cnnc.backends.load_tvm import load_tvm
 from cnnc.errors import VerifyError
 from cnnc.ir.graph import Graph, Node, Value
 from cnnc.ir.text import print_graph
+from cnnc.ir.types import TensorType
 from cnnc.ops.fused import Fused
 from cnnc.ops.source import Constant
 from cnnc.passes.plan_memory import MemoryPlan
@@ -160,29 +162,31 @@ class WeightBlock:
 
     def __init__(self) -> None:
         self._offsets: dict[Constant, int] = {}
-        self._parts: list[np.ndarray] = []
         self._size = 0
 
     def place(self, constant: Constant) -> int:
-        """Give the offset of a constant in bytes, packed in its layout."""
+        """Give the offset of a constant in bytes."""
         key = replace(constant, label="")
         if key not in self._offsets:
-            array = constant.value.array
-            packed = array if constant.layout is None else constant.layout.pack(array)
             self._offsets[key] = self._size
-            self._append(np.ascontiguousarray(packed).reshape(-1).view(np.uint8))
+            self._size += -(-constant_type(constant).nbytes // ALIGNMENT) * ALIGNMENT
         return self._offsets[key]
 
-    def _append(self, data: np.ndarray) -> None:
-        padding = -data.size % ALIGNMENT
-        self._parts += [data, np.zeros(padding, np.uint8)]
-        self._size += data.size + padding
-
     def data(self) -> memoryview:
-        """Give the whole block."""
-        if not self._parts:
-            return memoryview(b"")
-        return np.concatenate(self._parts).data.cast("B")
+        """Give the whole block, aligned, every constant packed in its layout."""
+        block = aligned_empty((self._size,), "u8")
+        block[:] = 0
+        for constant, offset in self._offsets.items():
+            array = constant.value.array
+            packed = array if constant.layout is None else constant.layout.pack(array)
+            data = np.ascontiguousarray(packed).reshape(-1).view(np.uint8)
+            block[offset : offset + data.size] = data
+        return block.data.cast("B")
+
+
+def constant_type(constant: Constant) -> TensorType:
+    """Give the type of a constant, layout included."""
+    return constant.infer().with_layout(constant.layout)
 
 
 def _slots(graph: Graph, plan: MemoryPlan, weights: WeightBlock) -> dict[Value, Slot]:
