@@ -86,7 +86,7 @@ def check_outputs(net: Network, module: Any, shape: tuple[int, ...], engine: Eng
     left_out = module.load_state_dict(parameters, strict=False)
     assert not left_out.unexpected_keys
     assert all(key.endswith("num_batches_tracked") for key in left_out.missing_keys)
-    x = np.random.default_rng().standard_normal(shape).astype(np.float32)
+    x = np.random.default_rng(20).standard_normal(shape).astype(np.float32)
     with torch.no_grad():
         theirs = module(torch.from_numpy(x)).numpy()
         exact = module.double()(torch.from_numpy(x).double()).numpy()

@@ -47,9 +47,9 @@ MISTAKES: list[tuple[Callable[[Tensor], Any], str]] = [
     (lambda x: conv(x, 8, 3, dilation=0), r"dilation"),
     (lambda x: conv(x, 8, 0), r"kernel"),
     (lambda x: conv(x, 0, 3), r"wants channels as an integer of at least 1, got 0"),
-    (lambda x: conv(x, "8", 3), r"wants channels as an integer of at least 1, got '8'"),  # type: ignore[call-overload]
+    (lambda x: conv(x, "8", 3), r"wants channels as an integer of at least 1, got '8'"),
     (lambda x: conv(x, 8, (3, 3, 3)), r"wants kernel as one integer or 2, got \(3, 3, 3\)"),
-    (lambda x: conv(x, 8, 3, stride=1.5), r"wants stride as one integer or 2, got 1.5"),  # type: ignore[call-overload]
+    (lambda x: conv(x, 8, 3, stride=1.5), r"wants stride as one integer or 2, got 1.5"),
     (lambda x: conv(x, 8, 3, pad="full"), r"wants pad as numbers, \"same\" or \"valid\", got 'full'"),
     (lambda x: conv(x, 8, 3, pad=(1, 2, 3)), r"wants pad as one integer or 2, got \(1, 2, 3\)"),
     (lambda x: conv(x >> flatten, 8, 3), r"wants x\[N,C,\.\.\.\] with at least one spatial axis, got f32\[1,192\]"),
@@ -98,16 +98,16 @@ def test_a_mistake_in_shapes(mistake: Callable[[Tensor], Any], message: str) -> 
 
 
 OTHERS: list[tuple[Callable[[Tensor], Any], str]] = [
-    (lambda x: conv(8), r"conv: missing a required argument: 'kernel'; it is conv\(channels, kernel, \*, stride=1"),  # type: ignore[call-overload]
+    (lambda x: conv(8), r"conv: missing a required argument: 'kernel'; it is conv\(channels, kernel, \*, stride=1"),
     (lambda x: x >> conv, r"conv: missing a required argument: 'channels'"),
-    (lambda x: relu(x, speed=3), r"relu: got an unexpected keyword argument 'speed'"),  # type: ignore[call-overload]
-    (lambda x: x >> 3, r"x >> 3: on the right stands a layer or a function of one tensor"),  # type: ignore[operator]
+    (lambda x: relu(x, speed=3), r"relu: got an unexpected keyword argument 'speed'"),
+    (lambda x: x >> 3, r"x >> 3: on the right stands a layer or a function of one tensor"),
     (lambda x: x >> relu + x, r"a sum is written \(x >> layer\) \+ y"),
     (lambda x: x + relu, r"a sum is written \(x >> layer\) \+ y"),
-    (lambda x: relu * 2, r"a layer or a function of one tensor is wanted, not 2"),  # type: ignore[operator]
-    (lambda x: concat(x, relu), r"concat: joins tensors or layers, not both together"),  # type: ignore[call-overload]
+    (lambda x: relu * 2, r"a layer or a function of one tensor is wanted, not 2"),
+    (lambda x: concat(x, relu), r"concat: joins tensors or layers, not both together"),
     (lambda x: not x, r"a tensor has no truth value"),
-    (lambda x: conv(8, 3)(3), r"conv: takes a tensor, not 3"),  # type: ignore[arg-type]
+    (lambda x: conv(8, 3)(3), r"conv: takes a tensor, not 3"),
     (lambda x: flatten(x, 0).channels, r"a tensor f32\[192\] has no channels"),
 ]
 
