@@ -6,6 +6,7 @@ It is the front end's `cnnc.ir.op.ForeignNode`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -121,8 +122,13 @@ class OnnxNode:
 
 def schema_defaults(node: OnnxNode) -> Mapping[str, AttributeProto]:
     """Give the attribute values that hold for an ONNX operator where a node gives none."""
+    return _schema_defaults(node.op_type, node.opset, node.domain)
+
+
+@lru_cache(maxsize=1024)
+def _schema_defaults(op_type: str, opset: int, domain: str) -> Mapping[str, AttributeProto]:
     try:
-        schema = onnx.defs.get_schema(node.op_type, node.opset, node.domain)
+        schema = onnx.defs.get_schema(op_type, opset, domain)
     except onnx.defs.SchemaError:
         return {}
     return {

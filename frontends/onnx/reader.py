@@ -22,8 +22,6 @@ from cnnc.frontends.onnx.naming import listed
 from cnnc.frontends.onnx.wire import survey
 from cnnc.options import Limits, format_bytes
 
-_CHUNK = 1 << 24
-
 _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"PK\x03\x04", "a zip archive (PyTorch .pt, Keras .keras or .npz): export it with torch.onnx.export"),
     (0, b"PK\x05\x06", "an empty zip archive"),
@@ -99,22 +97,23 @@ def _read_file(path: Path, limits: Limits) -> bytes:
         _require_regular(status.st_mode)
         if status.st_size > limits.file:
             raise LimitError(f"{format_bytes(status.st_size)} (limit file={format_bytes(limits.file)})")
-        return _read_all(descriptor, limits)
+        return _read_all(descriptor, status.st_size, limits)
     except OSError as error:
         raise EnvironmentProblem(f"cannot be read: {error.strerror or error}") from None
     finally:
         os.close(descriptor)
 
 
-def _read_all(descriptor: int, limits: Limits) -> bytes:
+def _read_all(descriptor: int, expected: int, limits: Limits) -> bytes:
+    """Read to the end: as a rule in one piece, for the system reads at most 2 GiB at once."""
     chunks: list[bytes] = []
     total = 0
-    while chunk := os.read(descriptor, _CHUNK):
+    while chunk := os.read(descriptor, max(expected - total + 1, 1 << 16)):
         total += len(chunk)
         if total > limits.file:
             raise LimitError(f"grew past {format_bytes(limits.file)} while it was read")
         chunks.append(chunk)
-    return b"".join(chunks)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 def _require_regular(mode: int) -> None:

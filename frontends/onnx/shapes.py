@@ -118,7 +118,7 @@ def _bind_leading(
             warnings.warn(
                 f"input {shown(name)}: the batch dimension {shown(shape[0])} is open; it is taken as 1 "
                 "(--batch N compiles for another)",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 

@@ -22,6 +22,7 @@ _REPEATED = {"floats": "FLOATS", "ints": "INTS", "strings": "STRINGS", "tensors"
     "type_protos": "TYPE_PROTOS",
     "sparse_tensors": "SPARSE_TENSORS",
 }
+_TYPES = frozenset(AttributeProto.AttributeType.values()) - {AttributeProto.UNDEFINED}
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def check_attribute(attribute: AttributeProto, parameters: Collection[str] | Non
 
 
 def _type_name(attribute: AttributeProto) -> str:
-    if attribute.type == AttributeProto.UNDEFINED or attribute.type not in AttributeProto.AttributeType.values():
+    if attribute.type not in _TYPES:
         raise ModelError(f"attribute {shown(attribute.name)} has no type ({attribute.type})")
     return AttributeProto.AttributeType.Name(attribute.type)
 

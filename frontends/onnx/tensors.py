@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -40,7 +40,7 @@ _BITS = {number: dtype.itemsize * 8 for number, dtype in NUMPY.items()} | {
     TensorProto.COMPLEX64: 64,
     TensorProto.COMPLEX128: 128,
 }
-_VALUE_FIELDS = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
+_TYPED_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
 _TYPED_FIELD: dict[int, str] = {
     TensorProto.FLOAT: "float_data",
     TensorProto.DOUBLE: "double_data",
@@ -56,9 +56,12 @@ _BIT_PATTERNS: tuple[int, ...] = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 """Types whose int32_data entries are bit patterns, not values."""
 
 
+_NUMBERS = frozenset(TensorProto.DataType.values()) - {TensorProto.UNDEFINED}
+
+
 def dtype_name(number: int) -> str:
     """Give ONNX's name of an element type number; raises `ModelError` for a number it does not have."""
-    if number == TensorProto.UNDEFINED or number not in TensorProto.DataType.values():
+    if number not in _NUMBERS:
         raise ModelError(f"element type {number} does not exist in ONNX")
     return TensorProto.DataType.Name(number)
 
@@ -81,6 +84,11 @@ def check_tensor(tensor: TensorProto, limits: Limits) -> int:
 
     Raises `ModelError` where type, shape and stored values do not fit together, `LimitError` for one too large.
     """
+    return _inspect(tensor, limits)[0]
+
+
+def _inspect(tensor: TensorProto, limits: Limits) -> tuple[int, bytes]:
+    """Check one stored tensor; gives its bytes in memory, and its raw_data (protobuf copies it at each access)."""
     name = dtype_name(tensor.data_type)
     count = check_dims(tensor.dims, limits)
     bits = _BITS.get(tensor.data_type)
@@ -92,41 +100,40 @@ def check_tensor(tensor: TensorProto, limits: Limits) -> int:
         )
     if tensor.HasField("segment"):
         raise ModelError("is stored in segments, which ONNX has never defined")
-    used = [field for field in _VALUE_FIELDS if _stored(tensor, field)]
+    raw = tensor.raw_data
+    lengths = {"raw_data": len(raw)} | {field: len(getattr(tensor, field)) for field in _TYPED_FIELDS}
+    used = [field for field, length in lengths.items() if length]
     if tensor.data_location == TensorProto.EXTERNAL:
         if used:
             raise ModelError(f"has external data and {used[0]}; only one can hold")
         _external_entries(tensor)
-        return nbytes
+        return nbytes, raw
     if tensor.external_data:
         raise ModelError("has external_data entries, but its data_location is not EXTERNAL")
     if len(used) > 1:
         raise ModelError(f"has values in {' and in '.join(used)}; only one can hold")
-    _check_amount(tensor, used[0] if used else None, name, count, bits)
-    return nbytes
+    _check_amount(tensor, lengths, used[0] if used else None, count)
+    return nbytes, raw
 
 
-def _stored(tensor: TensorProto, field: str) -> bool:
-    return len(getattr(tensor, field)) > 0
-
-
-def _check_amount(tensor: TensorProto, field: str | None, name: str, count: int, bits: int | None) -> None:
+def _check_amount(tensor: TensorProto, lengths: Mapping[str, int], field: str | None, count: int) -> None:
+    name, bits = dtype_name(tensor.data_type), _BITS.get(tensor.data_type)
     if field == "raw_data":
         if tensor.data_type == TensorProto.STRING:
             raise ModelError("strings cannot be in raw_data")
-        wanted, got, unit = (count * (bits or 0) + 7) // 8, len(tensor.raw_data), "bytes in raw_data"
         if bits is None:
-            return
+            return  # packed 4-bit numbers and 8-bit floats: never decoded
+        wanted, unit = (count * bits + 7) // 8, "bytes in raw_data"
     else:
         right = _TYPED_FIELD.get(tensor.data_type, "int32_data")
         if field not in (None, right):
             raise ModelError(f"keeps {name} values in {field}; they belong in {right}")
         if bits is None and tensor.data_type != TensorProto.STRING:
-            return  # packed 4-bit and 8-bit floats: never decoded
+            return
         each = 2 if tensor.data_type in (TensorProto.COMPLEX64, TensorProto.COMPLEX128) else 1
-        wanted, got, unit = count * each, len(getattr(tensor, right)), f"values in {right}"
-    if wanted != got:
-        raise ModelError(f"shape {list(tensor.dims)} of {name} needs {wanted} {unit}, not {got}")
+        field, wanted, unit = right, count * each, f"values in {right}"
+    if wanted != lengths[field]:
+        raise ModelError(f"shape {list(tensor.dims)} of {name} needs {wanted} {unit}, not {lengths[field]}")
 
 
 def _external_entries(tensor: TensorProto) -> dict[str, str]:
@@ -146,25 +153,25 @@ def decode_tensor(tensor: TensorProto, limits: Limits, folder: ExternalFolder | 
     Raises as `check_tensor`, and `UnsupportedError` for element types that have no numbers here (strings, 4-bit,
     8-bit floats, complex).
     """
-    check_tensor(tensor, limits)
+    raw = _inspect(tensor, limits)[1]
     dtype = NUMPY.get(tensor.data_type)
     if dtype is None:
         raise UnsupportedError(f"elements of type {dtype_name(tensor.data_type)}")
-    array = _array(tensor, dtype, folder)
+    array = _array(tensor, raw, dtype, folder)
     if array.size > 1 and dtype.kind in "fV" and not np.isfinite(array).all():
         warnings.warn(f"{tensor_title(tensor)} has NaN or infinite values", stacklevel=2)
     return array
 
 
-def _array(tensor: TensorProto, dtype: np.dtype, folder: ExternalFolder | None) -> np.ndarray:
+def _array(tensor: TensorProto, raw: bytes, dtype: np.dtype, folder: ExternalFolder | None) -> np.ndarray:
     shape = tuple(tensor.dims)
     if tensor.data_location == TensorProto.EXTERNAL:
         if folder is None:
             raise ModelError("external data, but the model came as bytes: give its path, or load the data into it")
         nbytes = math.prod(shape) * dtype.itemsize
         return _from_raw(folder.read(_external_entries(tensor), nbytes), dtype).reshape(shape)
-    if tensor.raw_data:
-        return _from_raw(tensor.raw_data, dtype).reshape(shape)
+    if raw:
+        return _from_raw(raw, dtype).reshape(shape)
     return _from_typed(tensor, dtype).reshape(shape)
 
 
