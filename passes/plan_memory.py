@@ -74,10 +74,7 @@ def elementwise_in_place(node: Node) -> Sequence[int]:
 
     Whatever the order of its loops, every element is read before the same element is written.
     """
-    if not isinstance(node.op, Fused) or len(node.types) != 1:
-        return ()
-    body = node.op.body
-    if any(n.op.kind is not Kind.ELEMENTWISE for n in body.nodes if n.inputs):
+    if not isinstance(node.op, Fused) or len(node.types) != 1 or not is_elementwise(node.op):
         return ()
     out = node.types[0]
     return [
@@ -85,6 +82,11 @@ def elementwise_in_place(node: Node) -> Sequence[int]:
         for position, value in enumerate(node.inputs)
         if (value.shape, value.type.layout, value.dtype.itemsize) == (out.shape, out.layout, out.dtype.itemsize)
     ]
+
+
+def is_elementwise(kernel: Fused) -> bool:
+    """Whether every operator of a kernel is elementwise, so that it may write over what it reads."""
+    return all(node.op.kind is Kind.ELEMENTWISE for node in kernel.body.nodes if node.inputs)
 
 
 def find_storages(graph: Graph, in_place: InPlace) -> list[Storage]:

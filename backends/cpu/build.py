@@ -23,7 +23,7 @@ from cnnc.ir.text import print_graph
 from cnnc.ir.types import TensorType
 from cnnc.ops.fused import Fused
 from cnnc.ops.source import Constant
-from cnnc.passes.plan_memory import MemoryPlan
+from cnnc.passes.plan_memory import MemoryPlan, is_elementwise
 from cnnc.passes.views import is_view
 from cnnc.target import Target
 
@@ -143,7 +143,7 @@ def _kernel_objects(
     progress(len(objects), len(kernels))
     if missing:
         load_tvm()
-    jobs = [KernelJob(_primfunc(kernels[symbol], target), symbol) for symbol in missing]
+    jobs = [_job(symbol, kernels[symbol], target) for symbol in missing]
     for symbol, kernel in zip(missing, compile_kernels(jobs, target), strict=True):
         objects[symbol] = kernel
         store.put(keys[symbol], kernel)
@@ -151,10 +151,12 @@ def _kernel_objects(
     return objects, len(missing)
 
 
-def _primfunc(kernel: Fused, target: Target) -> object:
+def _job(symbol: str, kernel: Fused, target: Target) -> KernelJob:
+    """Make a kernel's TIR; the memory plan may let an elementwise one write over its input."""
     if kernel.schedule is None:
         raise VerifyError(f"kernel {kernel.anchor} has no schedule; the tile pass has not run")
-    return template(kernel.schedule.template).build(kernel, kernel.schedule, target)
+    func = template(kernel.schedule.template).build(kernel, kernel.schedule, target)
+    return KernelJob(func, symbol, noalias=not is_elementwise(kernel))
 
 
 class WeightBlock:
