@@ -29,7 +29,7 @@ class Layout:
     axes: str
 
     def __post_init__(self) -> None:
-        if "".join(self.tokens) != self.axes:
+        if not self.axes or "".join(self.tokens) != self.axes:
             raise ShapeError(f"layout {self.axes!r} cannot be read; write it as NCHW16c")
         primal = [t for t in self.tokens if t.isupper()]
         inner = [t[-1].upper() for t in self.tokens if not t.isupper()]

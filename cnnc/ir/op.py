@@ -56,12 +56,14 @@ class Example:
 def random_array(rng: np.random.Generator, type_: TensorType) -> np.ndarray:
     """Draw an array of a type: floats uniform in [-1, 1), integers in [-8, 8), unsigned in [0, 8)."""
     shape = type_.static_shape
+    drawn: Any
     if type_.dtype.is_float:
-        return (rng.random(shape) * 2 - 1).astype(type_.dtype.numpy)
-    if type_.dtype is DType.BOOL:
-        return rng.random(shape) < 0.5
-    low = 0 if type_.dtype is DType.U8 else -8
-    return rng.integers(low, 8, shape).astype(type_.dtype.numpy)
+        drawn = rng.random(shape) * 2 - 1
+    elif type_.dtype is DType.BOOL:
+        drawn = rng.random(shape) < 0.5
+    else:
+        drawn = rng.integers(0 if type_.dtype is DType.U8 else -8, 8, shape)
+    return np.asarray(drawn).astype(type_.dtype.numpy)
 
 
 @dataclass(frozen=True)

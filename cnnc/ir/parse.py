@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import ml_dtypes  # noqa: F401  (registers bfloat16, so that numpy can read it)
 import numpy as np
 
-from cnnc.errors import CnncError, ModelError
+from cnnc.errors import CnncError, LimitError, ModelError, ShapeError
 from cnnc.ir.attribute import ATTRIBUTES
 from cnnc.ir.build import call
 from cnnc.ir.graph import Graph, Value
@@ -41,18 +42,20 @@ def parse_graph(text: str, weights: Mapping[str, np.ndarray] | None = None) -> G
     Every type is inferred again and compared with the one written.  Raises `ModelError` naming the line.
     """
     parser = _Parser(text, weights or {})
-    graph = parser.graph()
-    if parser.kind != "end":
-        parser.fail("nothing may follow the graph")
+    with parser.explained():
+        graph = parser.graph()
+        if parser.kind != "end":
+            parser.fail("nothing may follow the graph")
     return graph
 
 
 def parse_attributes(text: str) -> dict[str, Any]:
     """Read `{key=value, ...}` without tensors, as the options of passes are written; raises `ModelError`."""
     parser = _Parser(text, {})
-    found = parser.attributes()
-    if parser.kind != "end":
-        parser.fail("nothing may follow the attributes")
+    with parser.explained():
+        found = parser.attributes()
+        if parser.kind != "end":
+            parser.fail("nothing may follow the attributes")
     return found
 
 
@@ -82,7 +85,26 @@ class _Parser:
             if self.kind != "space":
                 return left
 
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Say of any error where in the text it is."""
+        try:
+            yield
+        except RecursionError:
+            self.fail("nested too deeply")
+        except (ShapeError, LimitError, ValueError, OverflowError) as error:
+            self.fail(str(error))
+
+    @contextmanager
+    def pointing_at(self, begin: tuple[int, str]) -> Iterator[None]:
+        """Let errors inside name the token where something begins, not the one after it."""
+        here = self.start, self.token
+        self.start, self.token = begin
+        yield
+        self.start, self.token = here
+
     def fail(self, message: str) -> NoReturn:
+        """Raise `ModelError` with the line and the token being looked at."""
         line = self.text.count("\n", 0, self.start) + 1
         raise ModelError(f"IR text line {line}, at {self.token!r}: {message}")
 
@@ -130,6 +152,7 @@ class _Parser:
         return values[self.take("value")]
 
     def node(self, values: dict[str, Value]) -> tuple[Value, ...]:
+        begin = self.start, self.token
         names = [self.take("value")]
         while self.accept(","):
             names.append(self.take("value"))
@@ -151,9 +174,10 @@ class _Parser:
         loc = self.locations()
         if self.accept("body"):
             attributes["body"] = self.graph()
-        node = self.build(operator, inputs, attributes, types, loc)
-        if len(names) != len(node):
-            self.fail(f"{operator} has {len(node)} outputs, {len(names)} are named")
+        with self.pointing_at(begin):
+            node = self.build(operator, inputs, attributes, types, loc)
+            if len(names) != len(node):
+                self.fail(f"{operator} has {len(node)} outputs, {len(names)} are named")
         values.update(zip(names, node, strict=True))
         return node
 
@@ -231,6 +255,7 @@ class _Parser:
         return DType(self.take("word"))
 
     def type(self) -> TensorType:
+        begin = self.start, self.token
         dtype = self.dtype()
         self.expect("[")
         shape: list[Size] = []
@@ -238,8 +263,9 @@ class _Parser:
             shape.append(self.size())
             if self.token != "]":
                 self.expect(",")
-        layout = Layout(self.advance()) if self.kind == "word" and self.token[0].isupper() else None
-        return TensorType(tuple(shape), dtype, layout)
+        layout = self.advance() if self.kind == "word" and self.token[0].isupper() else None
+        with self.pointing_at(begin):
+            return TensorType(tuple(shape), dtype, Layout(layout) if layout else None)
 
     def size(self) -> Size:
         """Read a sum of products, as `Dim` prints itself."""
@@ -275,15 +301,20 @@ class _Parser:
         return value // divisor
 
     def literal(self, text: str, type_: TensorType) -> Literal:
-        if text.startswith("#"):
-            array = self.weights.get(text[1:])
-            if array is None:
-                self.fail(f"the weights file has no constant {text}")
-            literal = Literal(array.view(type_.dtype.numpy).reshape(type_.static_shape))
-            if not literal.digest.startswith(text[1:]):
-                self.fail(f"the weights file has other numbers for {text}")
-            return literal
-        return Literal(_read_elements(text[1:-1], type_))
+        if not text.startswith("#"):
+            try:
+                return Literal(_read_elements(text[1:-1], type_))
+            except (ValueError, OverflowError):
+                self.fail(f"the constant {text} cannot be read as {type_}")
+        array = self.weights.get(text[1:])
+        if array is None:
+            self.fail(f"the weights file has no constant {text}")
+        if array.nbytes != type_.elements * type_.dtype.itemsize:
+            self.fail(f"the weights file has other numbers for {text}")
+        literal = Literal(array.reshape(-1).view(type_.dtype.numpy).reshape(type_.static_shape))
+        if not literal.digest.startswith(text[1:]):
+            self.fail(f"the weights file has other numbers for {text}")
+        return literal
 
 
 @dataclasses.dataclass(frozen=True)
