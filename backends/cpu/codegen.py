@@ -90,6 +90,9 @@ def compile_kernels(jobs: Sequence[KernelJob], target: CpuTarget, threads: int |
     if workers <= 1:
         return [_compile(job, target) for job in jobs]
     load_tvm()
+    from cnnc.backends.lower import vector_math
+
+    vector_math.register()
     with ThreadPoolExecutor(workers, thread_name_prefix="codegen") as pool:
         return list(pool.map(lambda job: _compile(job, target), jobs))
 

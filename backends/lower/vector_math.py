@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import tvm
@@ -122,13 +123,11 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
 """The functions with a vectorised form, by name."""
 
 
+@cache
 def register() -> None:
     """Make `cnnc.<name>` operators of TVM: pure, vectorisable, lowered by the functions here.  Idempotent."""
-    known = set(tvm.ir.Op.list_op_names())
     for name, function in FUNCTIONS.items():
         full_name = f"cnnc.{name}"
-        if full_name in known:
-            continue
         tvm.get_global_func("ir.RegisterOp")(full_name, function.__doc__ or "")
         tvm.ir.Op.get(full_name).set_num_inputs(1)
         tvm.ir.register_op_attr(full_name, "TScriptPrinterName", full_name)
