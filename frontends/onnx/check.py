@@ -177,13 +177,13 @@ def _check_outputs(names: Iterable[str], known: Mapping[str, str], outer: Names)
 
 
 def check_value_info(value: onnx.ValueInfoProto, limits: Limits) -> None:
-    """Check a declared type: an element type that exists, dimensions in range."""
+    """Check a declared type: an element type that exists, dimensions in range (-1 may mean an open one)."""
     if not value.HasField("type") or not value.type.HasField("tensor_type"):
         return
     tensor_type = value.type.tensor_type
     try:
         dtype_name(tensor_type.elem_type)
-        check_dims((dim.dim_value for dim in tensor_type.shape.dim), limits)
+        check_dims((0 if dim.dim_value == -1 else dim.dim_value for dim in tensor_type.shape.dim), limits)
     except (ModelError, LimitError) as error:
         raise type(error)(f"{shown(value.name)}: {error}") from None
 

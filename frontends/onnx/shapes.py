@@ -18,6 +18,10 @@ _Declared = tuple[int | str | None, ...]
 """A declared shape: sizes, names of symbolic ones, None for those without either."""
 
 
+_NO_NAMES = ("", "?", "None")
+"""What exporters write for an open dimension without a name; two of them need not be equal."""
+
+
 def element_type(number: int) -> DType:
     """Give the graph's dtype for an ONNX element type; raises `UnsupportedError` for one it does not have."""
     dtype = _DTYPES.get(NUMPY[number]) if number in NUMPY else None
@@ -33,12 +37,23 @@ def type_proto(type_: TensorType) -> onnx.TypeProto:
 
 
 def declared_shape(tensor_type: onnx.TypeProto.Tensor) -> _Declared | None:
-    """Give a declared shape, None where the model says nothing about it."""
+    """Give a declared shape, None where the model says nothing about it.
+
+    Old Paddle exporters write an open dimension as -1 or 0: where a shape has a -1, both are open.
+    """
     if not tensor_type.HasField("shape"):
         return None
+    open_marks = (-1, 0) if _has_negative(tensor_type) else ()
     return tuple(
-        dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in tensor_type.shape.dim
+        (None if dim.dim_value in open_marks else dim.dim_value)
+        if dim.HasField("dim_value")
+        else (None if dim.dim_param in _NO_NAMES else dim.dim_param)
+        for dim in tensor_type.shape.dim
     )
+
+
+def _has_negative(tensor_type: onnx.TypeProto.Tensor) -> bool:
+    return any(dim.dim_value == -1 for dim in tensor_type.shape.dim)
 
 
 def bind_inputs(
@@ -91,6 +106,12 @@ def _declared_or_asked(value: onnx.ValueInfoProto, asked: Sequence[int] | None) 
     except UnsupportedError as error:
         raise UnsupportedError(f"input {name}: {error}") from None
     shape = declared_shape(value.type.tensor_type)
+    if asked is None and _has_negative(value.type.tensor_type):
+        sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        raise ModelError(
+            f"input {name} has a negative dimension in {sizes}; if it stands for any size, give the shape: "
+            f"--shape {name[1:-1]}=1x3x224x224"
+        )
     if shape is None:
         if asked is None:
             raise UnsupportedError(f"input {name} has no shape; give one: --shape {value.name}=1x3x224x224")

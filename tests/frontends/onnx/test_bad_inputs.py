@@ -452,6 +452,7 @@ def resized(scales: list[float]) -> onnx.ModelProto:
 
 SHAPES = [
     Case("38 negative input dim", from_shape((1, -3, 8, 8)), 3, "negative"),
+    Case("38 input dim -1", from_shape((-1, 3, 0, 0)), 3, "--shape x=1x3x224x224"),
     Case("40 stride 0", conv(strides=[0, 1]), 3, "strides [0, 1] must be positive"),
     Case("40 stride -1", pool(strides=[-1, 1]), 3, "strides [-1, 1] must be positive"),
     Case("41 dilation 0", conv(dilations=[0, 1]), 3, "dilations [0, 1] must be positive"),

@@ -345,6 +345,20 @@ def test_an_input_without_shape_names_the_cure() -> None:
     assert import_model(m, shapes={"x": (2, 3)}).outputs[0].shape == (2, 3)
 
 
+def test_minus_one_is_an_open_dimension_when_the_shape_is_given() -> None:
+    """As old Paddle exporters write it: [-1, 3, 0, 0]."""
+    m = model([node("Relu", "x")], [value("x", (-1, 3, 0, 0))], [value("y", (-1, 3, 0, 0))])
+    assert import_model(m, shapes={"x": (1, 3, 48, 192)}).outputs[0].shape == (1, 3, 48, 192)
+    with pytest.raises(UsageError, match=r"is \[\?,3,\?,\?\] in the model"):
+        import_model(m, shapes={"x": (1, 4, 48, 192)})
+
+
+@pytest.mark.parametrize("mark", ["?", "None", ""])
+def test_marks_for_open_dimensions_are_no_names(mark: str) -> None:
+    m = model([node("Relu", "x")], [value("x", (mark, 3, mark, mark))])
+    assert import_model(m, shapes={"x": (1, 3, 48, 192)}).outputs[0].shape == (1, 3, 48, 192)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_carried_with_a_warning(bad: float) -> None:
     m = model([node("Mul", "x w")], [value("x", (2,))], weights=[weight("w", [1, bad])])
