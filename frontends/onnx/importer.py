@@ -26,6 +26,7 @@ from cnnc.frontends.onnx.naming import listed, node_title, shown
 from cnnc.frontends.onnx.node import OnnxNode, resolve_attributes, schema_defaults, used_outputs
 from cnnc.frontends.onnx.reader import ModelFile, read_model
 from cnnc.frontends.onnx.shapes import bind_inputs, check_declared, element_type, type_proto
+from cnnc.frontends.onnx.signature import standard_signature
 from cnnc.frontends.onnx.tensors import decode_tensor, tensor_title
 from cnnc.frontends.onnx.values import check_values
 from cnnc.ir.build import located
@@ -266,6 +267,7 @@ class _Importer:
             if reader is None and standard_body(proto, scope.opset, []) is None:
                 raise _no_operator(node)
             return [_LOST] * used
+        _check_needed(node, inputs)
         check_values(node, inputs)
         if node.op_type == "If" and node.domain == "":
             return self._branch(node, inputs, scope)
@@ -354,6 +356,16 @@ def _reader(node: OnnxNode) -> OnnxReader | None:
     if node.domain == "" and node.op_type in SHAPE_READERS:
         return SHAPE_READERS[node.op_type]
     return ONNX_READERS.get((node.domain, node.op_type))
+
+
+def _check_needed(node: OnnxNode, inputs: Sequence[Value | None]) -> None:
+    """Check that no input an operator must have is one that a function call leaves out."""
+    signature = standard_signature(node.op_type, node.opset) if node.domain == "" else None
+    needed = () if signature is None else signature.needed
+    for position, (value, is_needed) in enumerate(zip(inputs, needed, strict=False)):
+        if is_needed and value is None:
+            name = shown(node.proto.input[position])
+            raise ModelError(f"input {position} ({name}) is left out by the call of the function")
 
 
 def _no_operator(node: OnnxNode) -> UnsupportedError:

@@ -205,6 +205,11 @@ def deep_functions() -> onnx.ModelProto:
     return model([own("F2999", "x", "y")], functions=functions, imports=["own"])
 
 
+def left_out() -> onnx.ModelProto:
+    nodes = [helper.make_node("F", [], ["y"], name="call", domain="own")]
+    return model(nodes, functions=[function("F", [node("Relu", "a", "b")])], imports=["own"])
+
+
 def fan_out() -> onnx.ModelProto:
     functions = [function("F0", [node("Relu", "a", "b")])]
     for i in range(1, 25):
@@ -295,6 +300,7 @@ GRAPHS = [
     Case("23 empty input", built(lambda: model([node("Add", "x -")])), 3, "input 1 is left out"),
     Case("26 recursive functions", built(recursive), 3, "call themselves: 'own::F', 'own::G', 'own::F'"),
     Case("26 deep functions", built(deep_functions), 5, "limit function_depth=64"),
+    Case("23 input left out by a call", built(left_out), 3, "input 0 ('a') is left out by the call"),
     Case("27 fan-out", built(fan_out), 5, "33554431 calls"),
     Case("28 long loop", built(loop), 4, "Loop (opset 17) at 'loop'"),
 ]
