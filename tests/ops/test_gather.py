@@ -177,3 +177,6 @@ def test_onnx_dropout_is_identity_at_inference() -> None:
         imported(one_node("Dropout", [x, np.array(0.3, np.float32), np.array(True)], opset=13, constants=[1, 2]))
     with pytest.raises(UnsupportedError, match="mask is undefined"):
         imported(one_node("Dropout", [x], opset=7, outputs=2))
+    empty = np.zeros(0, np.float32)
+    with pytest.raises(ModelError, match="single number"):
+        imported(one_node("Dropout", [x, empty, np.array(True)], opset=13, constants=[1, 2]))
