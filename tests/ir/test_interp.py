@@ -51,6 +51,16 @@ def test_several_outputs_and_kernels(rng):
     np.testing.assert_array_equal(np.concatenate([first, second]), a)
 
 
+def test_precise_runs_are_precise_inside_kernels():
+    x, inside = graph_input("x", (1,)), graph_input("x0", (1,))
+    third = call(Div(), inside, constant(3.0))
+    kernel = Fused(Graph("div", (inside,), (call(Mul(), third, third),)), "div")
+    (y,) = run(Graph("g", (x,), (call(kernel, x),)), [np.float32([1])], precise=True)
+    assert y[0] == (1 / 3) * (1 / 3)
+    (y,) = run(Graph("g", (x,), (call(kernel, x),)), [np.float32([1])])
+    assert y.dtype == np.float32
+
+
 def test_every_value():
     x = graph_input("x", (2,))
     y = call(Relu(), x)
