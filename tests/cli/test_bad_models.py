@@ -10,7 +10,6 @@ import pytest
 from cnnc.cli.main import run
 from tests.frontends.onnx.test_bad_inputs import CASES, Case
 
-
 # A file on disk always has a folder.
 ON_DISK = [case for case in CASES if not case.title.endswith("without a folder")]
 
