@@ -6,7 +6,7 @@ Every operator that takes blocked tensors (its `infer_layout` says so) has a cos
 cost of being changed from its maker's layout to its readers', paid once however many they are.  The cheapest
 assignment of the two labels is a minimum cut; NeoCPU (USENIX ATC'19, section 3.3) sets the same problem and solves it
 by dynamic programming, approximately where the graph is no chain.  Transforms of constants are done here, so weights
-change nothing but their declared layout.  A convolution of few channels reads plain data itself.
+change nothing but their declared layout.  A convolution of few channels, as the first one, reads plain data itself.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class AssignLayouts(Pass):
         if block == 1:
             return graph
         plain = _all_plain(graph)
-        return _rewrite(plain, _choose(plain, block))
+        return _rewrite(plain, _choose(plain, block), block)
 
 
 def _all_plain(graph: Graph) -> Graph:
@@ -117,15 +117,31 @@ def _has_channels(v: Value, node: Node) -> bool:
     return v.type.rank == RANK and v.shape[1] != 1
 
 
-def _conv_layouts(node: Node, block: int) -> tuple[Layout | None, ...]:
+def _conv_layouts(node: Node, block: int, plain: bool = False) -> tuple[Layout | None, ...]:
     """Want OIHW{b}i{b}o weights, or OIHW{b}o where groups fit into blocks or few channels are read plain."""
-    x, w = node.inputs[0].type, node.inputs[1].type
-    groups = node.op.groups if isinstance(node.op, Conv) else 1
-    inside = groups > 1 and w.static_shape[1] < block and block % w.static_shape[1] == 0
-    reads_plain = groups == 1 and w.static_shape[1] < block
+    w = node.inputs[1].type
+    channels = w.static_shape[1]
+    inside = not _is_dense(node) and channels < block and channels > 0 and block % channels == 0
+    reads_plain = plain or (_is_dense(node) and channels < block and not _reads_either(node, block))
     weights = weight_layout(w.rank, 1 if inside or reads_plain else block, block)
-    data = None if reads_plain else channel_layout(x.rank, block)
-    return (data, weights, *(None for _ in node.inputs[2:]))
+    return (None if reads_plain else channel_layout(w.rank, block), weights, *(None for _ in node.inputs[2:]))
+
+
+def _is_dense(node: Node) -> bool:
+    """Whether a convolution has one group."""
+    return isinstance(node.op, Conv) and node.op.groups == 1
+
+
+def _reads_either(node: Node, block: int) -> bool:
+    """Whether a convolution of few channels had better take them as they come.
+
+    Plain ones cost nothing; of blocked ones it computes on pad lanes too, which must be cheaper than a transform.
+    """
+    if not _is_dense(node) or not 0 < node.inputs[1].type.static_shape[1] < block:
+        return False
+    padding = block / node.inputs[1].type.static_shape[1] - 1
+    flops = node.op.flops(*(v.type for v in node.inputs))
+    return flops * padding / (FLOPS_PER_LANE * block) < _transform_cost(node.inputs[0], block)
 
 
 def _adapted(v: Value, layout: Layout | None) -> TensorType:
@@ -217,7 +233,8 @@ def _edges(graph: Graph, wanted: Wanted, block: int) -> Iterator[_Edge]:
         if isinstance(value.op, Constant) or value.type.rank != RANK or value.dtype is not DType.F32:
             continue
         maker = value.node if value.node in wanted else _PLAIN
-        readers = dict.fromkeys(_reader(user, value, wanted) for user in users)
+        strict = (user for user in users if user not in wanted or not _reads_either(user, block))
+        readers = dict.fromkeys(_reader(user, value, wanted) for user in strict)
         if value in outputs:
             readers[_PLAIN] = None
         if set(readers) - {maker}:
@@ -271,12 +288,14 @@ def _reader(user: Node, value: Value, wanted: Wanted) -> Node | str:
 # The new graph
 
 
-def _rewrite(graph: Graph, blocked: Wanted) -> Graph:
+def _rewrite(graph: Graph, blocked: Wanted, block: int) -> Graph:
     """Rebuild the graph, each value changed to another layout at most once."""
     changed: dict[tuple[Value, Layout | None], Value] = {}
 
     def place(node: Node, inputs: tuple[Value, ...]) -> Sequence[Value]:
         layouts = blocked.get(node, (None,) * len(inputs))
+        if node in blocked and inputs[0].type.layout is None and _reads_either(node, block):
+            layouts = _conv_layouts(node, block, plain=True)
         return rebuild(node, tuple(_in_layout(v, w, changed) for v, w in zip(inputs, layouts, strict=True)))
 
     placed = map_graph(graph, place)

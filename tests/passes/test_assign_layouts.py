@@ -83,6 +83,18 @@ def test_a_first_layer_of_many_channels_is_transformed(rng):
     assert transforms(done) == 2
 
 
+def test_few_channels_are_taken_as_they_come(rng):
+    squeezed = conv(
+        call(ReduceMean((2, 3)), conv(image(1, 16, 32, 32), weights(rng, 16, 16, 3, 3))), weights(rng, 4, 16, 1, 1)
+    )
+    done = check(ASSIGN, graph_of(call(Sigmoid(), conv(call(Relu(), squeezed), weights(rng, 16, 4, 1, 1)))), rng)
+    *_, last = (n for n in done.nodes if n.op.name == "conv")
+    assert [str(v.type.layout) for v in last.inputs] == ["NCHW8c", "OIHW8i8o"]
+    large = conv(conv(image(1, 3, 64, 64), weights(rng, 2, 3, 3, 3)), weights(rng, 32, 2, 9, 9))
+    *_, last = (n for n in check(ASSIGN, graph_of(large), rng).nodes if n.op.name == "conv")
+    assert [str(v.type.layout) for v in last.inputs] == ["None", "OIHW8o"]
+
+
 @pytest.mark.parametrize(
     ("channels", "outputs", "groups", "layout"),
     [
