@@ -6,7 +6,8 @@ Afterwards every computing node is a `Fused`; inputs, constants and views stay a
 
 1. From each reduction (convolution, pooling, ...), then from each remaining node, a group grows forward over
    elementwise consumers of the same shape, through diamonds too, as long as one value leaves the group.
-2. A group of elementwise and injective nodes moves into its only consumer where that reads each element once.
+2. A group of elementwise and injective nodes moves into its only consumer where that reads each element once; one that
+   merely moves data also through views, into a consumer that moves it on.
 3. Groups become kernels, in an order that networkx finds (or refuses, should a group be cyclic).
 
 Growing keeps groups convex: everything between a group's first value and its last is inside.  The rules are those of
@@ -121,30 +122,44 @@ class _Groups:
         """Move groups into their only consumer, consumers first, so that whole chains move."""
         for node in reversed(list(self.of)):
             group = self.of[node]
-            if node is group.nodes[-1]:
-                consumer = self._only_consumer(group)
-                if consumer is not None:
-                    target = self.of[consumer]
-                    self._join(target, group.nodes)
-                    target.nodes.sort(key=self.rank.__getitem__)
+            if node is not group.nodes[-1]:
+                continue
+            views, consumer = self._only_consumer(node)
+            if consumer is not None and self._moves(group, views, consumer):
+                target = self.of[consumer]
+                self._join(target, [*group.nodes, *views])
+                target.nodes.sort(key=self.rank.__getitem__)
 
-    def _only_consumer(self, group: _Group) -> Node | None:
-        """Give the one node that reads the group, if computing the group inside its kernel costs nothing."""
-        last = group.nodes[-1]
-        users = set(self.graph.users[last.values[0]])
-        if len(last.types) > 1 or len(users) != 1 or last.values[0] in self.outputs:
-            return None
-        (user,) = users
-        target = self.of.get(user)
-        if target is None or target is group or len(target.nodes) + len(group.nodes) > self.most:
-            return None
+    def _only_consumer(self, node: Node) -> tuple[list[Node], Node | None]:
+        """Give the one node outside of views that reads a node's output, and the views in between."""
+        views: list[Node] = []
+        while len(node.types) == 1 and node.values[0] not in self.outputs:
+            users = set(self.graph.users[node.values[0]])
+            if len(users) != 1:
+                break
+            (node,) = users
+            if node in self.of:
+                return views, node
+            if not is_view(node):
+                break
+            views.append(node)
+        return views, None
+
+    def _moves(self, group: _Group, views: Sequence[Node], consumer: Node) -> bool:
+        """Whether computing a group inside the kernel of its only consumer costs nothing."""
+        target = self.of[consumer]
+        if target is group or len(target.nodes) + len(group.nodes) + len(views) > self.most:
+            return False
         if any(node.op.kind > Kind.INJECTIVE for node in group.nodes):
-            return None
+            return False
         joins = any(node.op.kind is Kind.INJECTIVE and len(node.inputs) > 1 for node in group.nodes)
         if joins and target.anchor.op.kind >= Kind.REDUCTION:
-            return None
+            return False
         moves_data = all(node.op.kind is Kind.INJECTIVE for node in group.nodes)
-        return user if _reads_once(user, last.values[0], moves_data) else None
+        if views and not (moves_data and consumer.op.kind is Kind.INJECTIVE):
+            return False
+        read = (views or group.nodes)[-1].values[0]
+        return _reads_once(consumer, read, moves_data)
 
 
 def _computes(node: Node) -> bool:

@@ -149,6 +149,25 @@ def test_views_stay_views(rng):
     assert operators(done) == ["conv", "reshape", "relu"]
 
 
+def test_a_channel_shuffle_is_one_kernel(rng):
+    x = image(2, 4, 3, 3)
+    y = call(Reshape((2, 2, 4, 3, 3)), call(Concat(1), x, call(Relu(), x)))
+    y = call(Reshape((2, 8, 3, 3)), call(Transpose((0, 2, 1, 3, 4)), y))
+    done = check(FUSE, graph_of(*call(Split(1, (4, 4)), y).node.values), rng)
+    assert operators(done) == ["relu", "concat+reshape+transpose+reshape+split"]
+
+
+def test_arithmetic_does_not_move_through_views(rng):
+    x = image(2, 4, 3, 3)
+    moved = call(Transpose((1, 0, 2)), call(Reshape((2, 4, 9)), call(Exp(), x)))
+    assert operators(check(FUSE, graph_of(moved), rng)) == ["exp", "reshape", "transpose"]
+    after = call(Exp(), call(Reshape((3, 24)), call(Transpose((3, 1, 2, 0)), x)))
+    assert operators(check(FUSE, graph_of(after), rng)) == ["transpose", "reshape", "exp"]
+    view = call(Reshape((2, 4, 9)), call(Transpose((0, 1, 3, 2)), x))
+    both = graph_of(call(Transpose((1, 0, 2)), view), call(Exp(), view))
+    assert sorted(operators(check(FUSE, both, rng))) == ["exp", "reshape", "transpose", "transpose"]
+
+
 def test_a_layout_that_only_renames_is_a_view(rng):
     x = call(LayoutTransform(Layout("NCHW8c")), image(2, 16, 4, 4))
     pooled = call(LayoutTransform(None), call(ReduceMean((2, 3)), x))
