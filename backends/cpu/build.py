@@ -13,6 +13,7 @@ import numpy as np
 
 from cnnc.backends.cache import KernelCache
 from cnnc.backends.cpu.codegen import KernelJob, KernelObject, compile_kernels
+from cnnc.backends.cpu.index_check import check_symbol, index_check, run_time_indices
 from cnnc.backends.cpu.templates import template
 from cnnc.backends.host.library import aligned_empty
 from cnnc.backends.host.program import ALIGNMENT, KernelCall, Port, Program, Slot
@@ -62,11 +63,17 @@ def build(
     kernels, compiled = _kernel_objects({symbols[n]: fused_of(n) for n in calls}, target, kernel_cache, progress)
     weights = WeightBlock()
     slots = _slots(graph, plan, weights)
+    checks = {node: run_time_indices(node) for node in calls}
+    guards = {check_symbol(v.type, e): index_check(v.type, e) for found in checks.values() for v, e in found}
     program = Program(
         name=graph.name,
         inputs=tuple(_port(name, v) for name, v in zip(graph.input_names, graph.inputs, strict=True)),
         outputs=tuple(_port(name, v) for name, v in zip(graph.output_names, graph.outputs, strict=True)),
-        calls=tuple(_kernel_call(node, kernels[symbols[node]], slots) for node in calls),
+        calls=tuple(
+            call
+            for node in calls
+            for call in (*_check_calls(node, checks[node], slots), _kernel_call(node, kernels[symbols[node]], slots))
+        ),
         arena_bytes=plan.size,
         scratch_bytes=max((k.scratch_bytes for k in kernels.values()), default=0),
         weights=weights.data(),
@@ -74,7 +81,7 @@ def build(
         features=target.features,
         meta=json.dumps(meta, sort_keys=True),
     )
-    objects = tuple(kernel.code for _, kernel in sorted(kernels.items()))
+    objects = tuple(kernel.code for _, kernel in sorted({**kernels, **guards}.items()))
     return Build(graph, program, objects, compiled, len(kernels) - compiled)
 
 
@@ -212,6 +219,23 @@ def _slots(graph: Graph, plan: MemoryPlan, weights: WeightBlock) -> dict[Value, 
         elif node.op.name not in SOURCES:
             raise VerifyError(f"{node.op.name} is left outside of a kernel (at {', '.join(sorted(node.loc))})")
     return slots
+
+
+def _check_calls(
+    node: Node, indices: Sequence[tuple[Value, tuple[int, ...]]], slots: dict[Value, Slot]
+) -> list[KernelCall]:
+    """Call the checks of a kernel's indices."""
+    return [
+        KernelCall(
+            symbol=check_symbol(value.type, extents),
+            args=(slots[value],),
+            layers=tuple(sorted(node.loc)),
+            bytes=value.type.nbytes,
+            algorithm="check_indices",
+            schedule="check_indices()",
+        )
+        for value, extents in indices
+    ]
 
 
 def _kernel_call(node: Node, kernel: KernelObject, slots: dict[Value, Slot]) -> KernelCall:

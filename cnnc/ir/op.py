@@ -118,6 +118,13 @@ class Op:
         """
         raise TypeError(f"{self.name} defines no compute")
 
+    def index_extents(self, *types: Any, **_: Any) -> dict[int, tuple[int, ...]]:
+        """Say which inputs are indices that are data: position -> the extents the last axis' components index into.
+
+        One extent means that every element is an index into it.  The back end has them checked at run time.
+        """
+        return {}
+
     def flops(self, *types: Any, **_: Any) -> int:
         """Count the arithmetic (a multiply-add is 2); by default one for each output element."""
         return sum(t.elements for t in as_tuple(self.infer(*types)))

@@ -1,7 +1,7 @@
 """Reading at indices that are data.
 
-Negative indices count from the end.  An index outside an axis is an error in the reference; compiled code never reads
-outside x, it takes the nearest element there is.
+Negative indices count from the end.  An index outside an axis is an error, in the reference as in a binary, where a
+check runs before the kernel; the kernel itself never reads outside x, it takes the nearest element there is.
 """
 
 from __future__ import annotations
@@ -83,6 +83,10 @@ class Gather(_Gather):
         check_indices(self.name, indices, x.shape[self.axis : self.axis + 1])
         return x.with_shape([*x.shape[: self.axis], *indices.shape, *x.shape[self.axis + 1 :]])
 
+    def index_extents(self, x: TensorType, *others: TensorType) -> dict[int, tuple[int, ...]]:
+        """Index into the axis."""
+        return {1: (upper_bound(x.shape[self.axis]),)}
+
     def reference(self, x: np.ndarray, indices: np.ndarray) -> np.ndarray:
         """Take in numpy."""
         return np.take(x, wrap_indices(self.name, indices, x.shape[self.axis]), self.axis)
@@ -127,6 +131,10 @@ class GatherElements(_Gather):
         """Give the indices' shape, which is inside x's except along the axis."""
         check_elements(self.name, self.axis, x, indices)
         return x.with_shape(indices.shape)
+
+    def index_extents(self, x: TensorType, *others: TensorType) -> dict[int, tuple[int, ...]]:
+        """Index into the axis."""
+        return {1: (upper_bound(x.shape[self.axis]),)}
 
     def reference(self, x: np.ndarray, indices: np.ndarray) -> np.ndarray:
         """Take in numpy."""
@@ -176,6 +184,11 @@ class GatherNd(_Gather):
         """Give batch axes, the other axes of `indices`, and the axes of x that positions leave over."""
         count = check_positions(self.name, self.batch_dims, x, indices)
         return x.with_shape([*indices.shape[:-1], *x.shape[self.batch_dims + count :]])
+
+    def index_extents(self, x: TensorType, indices: TensorType) -> dict[int, tuple[int, ...]]:
+        """Index into the axes after the batch."""
+        count = upper_bound(indices.shape[-1])
+        return {1: tuple(map(upper_bound, x.shape[self.batch_dims : self.batch_dims + count]))}
 
     def reference(self, x: np.ndarray, indices: np.ndarray) -> np.ndarray:
         """Index in numpy."""

@@ -17,7 +17,7 @@ from cnnc.errors import ShapeError
 from cnnc.ir.build import call, infer_types
 from cnnc.ir.graph import Value
 from cnnc.ir.op import Example, ForeignNode, Op, onnx
-from cnnc.ir.types import DType, TensorType
+from cnnc.ir.types import DType, TensorType, upper_bound
 from cnnc.ops.axes import normal_axis
 from cnnc.ops.blocked import every, fixed, flat_index, inside, tensor
 from cnnc.ops.broadcast import NUMBERS, check_dtypes, widen
@@ -105,6 +105,10 @@ class ScatterElements(_Scatter):
             raise ShapeError(f"scatter_elements: indices {indices} and updates {updates} differ in shape")
         return x
 
+    def index_extents(self, x: TensorType, *others: TensorType) -> dict[int, tuple[int, ...]]:
+        """Index into the axis."""
+        return {1: (upper_bound(x.shape[self.axis]),)}
+
     def reference(self, x: np.ndarray, indices: np.ndarray, updates: np.ndarray) -> np.ndarray:
         """Assign in numpy."""
         where: list[Any] = list(np.ix_(*(np.arange(size) for size in indices.shape)))
@@ -158,6 +162,10 @@ class ScatterNd(_Scatter):
                 f"scatter_nd: updates {updates} must be {updates.with_shape(wanted)} for {indices} and {x}"
             )
         return x
+
+    def index_extents(self, x: TensorType, indices: TensorType, updates: TensorType) -> dict[int, tuple[int, ...]]:
+        """Index into the leading axes."""
+        return {1: tuple(map(upper_bound, x.shape[: upper_bound(indices.shape[-1])]))}
 
     def reference(self, x: np.ndarray, indices: np.ndarray, updates: np.ndarray) -> np.ndarray:
         """Assign in numpy."""

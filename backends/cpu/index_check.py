@@ -1,0 +1,111 @@
+"""Checks of indices that are data, run before the kernel that reads with them.
+
+Kernels never read or write outside a tensor, whatever the indices; but an index outside its axis has no right
+answer, so the run ends in an error code instead of a number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cnnc.backends.cpu.codegen import KernelObject
+from cnnc.backends.host.driver import TRIPLE
+from cnnc.errors import ModelError, VerifyError
+from cnnc.ir.graph import Node, Value
+from cnnc.ir.types import DType, TensorType
+from cnnc.ops.fused import Fused
+from cnnc.ops.source import Constant
+
+OUT_OF_RANGE = 1
+"""What a check returns for an index outside; the host makes its error for bad values of it."""
+
+
+def run_time_indices(node: Node) -> list[tuple[Value, tuple[int, ...]]]:
+    """List the inputs of a kernel that are indices, each with the extents its components index into.
+
+    Constant indices are checked here and now; raises `ModelError` for one outside.
+    """
+    if not isinstance(node.op, Fused):
+        return []
+    body = node.op.body
+    found: dict[tuple[Value, tuple[int, ...]], None] = {}
+    for inner in body.nodes:
+        for position, extents in inner.op.index_extents(*(v.type for v in inner.inputs)).items():
+            value = inner.inputs[position]
+            if value in body.inputs:
+                value = node.inputs[body.inputs.index(value)]
+            elif not isinstance(value.op, Constant):
+                raise VerifyError(
+                    f"{inner.op.name}: its indices are computed inside the kernel, where none checks them"
+                )
+            if isinstance(value.op, Constant):
+                _check_constant(inner, value.op.value.array, extents)
+            elif value.type.elements:
+                found[value, extents] = None
+    return list(found)
+
+
+def _check_constant(node: Node, indices: np.ndarray, extents: tuple[int, ...]) -> None:
+    columns = indices.reshape(-1, len(extents))
+    outside = (columns < -np.array(extents)) | (columns >= np.array(extents))
+    if outside.any():
+        where = ", ".join(sorted(node.loc)) or "a constant"
+        raise ModelError(
+            f"{node.op.name}: index {columns[outside][0]} is outside of extents {list(extents)} (at {where})"
+        )
+
+
+def check_symbol(type_: TensorType, extents: tuple[int, ...]) -> str:
+    """Name the check of indices of a type into extents."""
+    return f"check_indices_{type_.dtype}_{type_.elements}_in_{'x'.join(map(str, extents))}"
+
+
+def index_check(type_: TensorType, extents: tuple[int, ...]) -> KernelObject:
+    """Make the kernel `int32 check(void* indices, int32 lo, int32 hi)`: 0, or `OUT_OF_RANGE`.
+
+    Negative indices count from the end, so [-extent, extent) is inside.
+    """
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    symbol = check_symbol(type_, extents)
+    machine = llvm.Target.from_triple(TRIPLE).create_target_machine(cpu="x86-64", opt=2, reloc="pic", codemodel="small")
+    module = llvm.parse_assembly(str(_check_module(symbol, type_, extents)))
+    return KernelObject(symbol, machine.emit_object(module), slices=1)
+
+
+def _check_module(symbol: str, type_: TensorType, extents: Sequence[int]) -> Any:
+    """Write a loop over rows of `len(extents)` components that gathers what is outside into one flag."""
+    from llvmlite import ir
+
+    module = ir.Module(symbol)
+    module.triple = TRIPLE
+    status, integer = ir.IntType(32), ir.IntType(64 if type_.dtype is DType.I64 else 32)
+    function = ir.Function(module, ir.FunctionType(status, [ir.PointerType(), status, status]), symbol)
+    entry, loop, done = (function.append_basic_block(name) for name in ("entry", "loop", "done"))
+    ir.IRBuilder(entry).branch(loop)
+    builder = ir.IRBuilder(loop)
+    index = builder.phi(ir.IntType(64))
+    index.add_incoming(ir.IntType(64)(0), entry)
+    flag = builder.phi(ir.IntType(1))
+    flag.add_incoming(ir.IntType(1)(0), entry)
+    outside: Any = flag
+    for component, extent in enumerate(extents):
+        at = builder.add(index, ir.IntType(64)(component))
+        value = builder.load(builder.gep(function.args[0], [at], source_etype=integer), typ=integer)
+        below = builder.icmp_signed("<", value, integer(-extent))
+        above = builder.icmp_signed(">=", value, integer(extent))
+        outside = builder.or_(outside, builder.or_(below, above))
+    following = builder.add(index, ir.IntType(64)(len(extents)))
+    index.add_incoming(following, loop)
+    flag.add_incoming(outside, loop)
+    count = math.prod(type_.static_shape)
+    builder.cbranch(builder.icmp_signed("<", following, ir.IntType(64)(count)), loop, done)
+    builder = ir.IRBuilder(done)
+    builder.ret(builder.select(outside, status(OUT_OF_RANGE), status(0)))
+    return module
