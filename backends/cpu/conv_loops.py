@@ -113,7 +113,9 @@ class ConvLoops:
         def each(body: Any) -> Any:
             return t.unrolled(vectors, lambda v: t.unrolled(segment.pixels, lambda p: body(v, p), "p"), "v")
 
-        return t.sequence(t.alloc(sums), each(start), t.loop(shape.ic_blocks, reduce, "channel"), each(finish))
+        # A tile that reads nothing but padding has no runs.
+        products = t.loop(shape.ic_blocks, reduce, "channel") if segment.runs else None
+        return t.sequence(t.alloc(sums), each(start), products, each(finish))
 
     def _position(self, row: Any, column: Any) -> tuple[Any, Any]:
         """Give a pixel in the rows of the tensors, which those of the loops may not be."""

@@ -93,6 +93,7 @@ SHAPES = {
     "stride above kernel": ConvShape(1, 16, 17, 19, 32, 2, 2, stride=(3, 4)),
     "asymmetric padding": ConvShape(1, 16, 9, 11, 32, 3, 3, stride=(2, 2), pad=(0, 0, 1, 1)),
     "padding above kernel": ConvShape(1, 16, 4, 4, 16, 3, 3, pad=(4, 5, 3, 4)),
+    "tiles of nothing but padding": ConvShape(1, 16, 5, 2, 24, 3, 1, pad=(1, 33, 1, 35)),
     "dilated": ConvShape(1, 16, 20, 20, 32, 3, 3, pad=(2, 2, 2, 2), dilation=(2, 2)),
     "dilated beyond the input": ConvShape(1, 16, 9, 9, 16, 3, 3, pad=(12, 12, 12, 12), dilation=(12, 12)),
     "1x7": ConvShape(1, 32, 17, 17, 48, 1, 7, pad=(0, 3, 0, 3)),
