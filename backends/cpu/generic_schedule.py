@@ -19,6 +19,8 @@ from typing import Any
 from tvm import ir, s_tir, tirx
 from tvm_ffi import structural
 
+from cnnc.backends.lower import exact
+
 INLINE_NODES = 300
 """Size of an expression up to which a stage is inlined into one that reads it more than once."""
 
@@ -115,7 +117,7 @@ def _inline(sch: Any) -> None:
         users = [_Stage.of(sch, consumer) for consumer in consumers]
         uses = max(_count_reads(user.node.body, stage.output) for user in users)
         evaluations = sum(user.volume for user in users)
-        repeats = evaluations > stage.volume and _count(stage.node.body, ir.Call) > 0
+        repeats = evaluations > stage.volume and _has_calls(stage.node.body)
         if repeats or (uses > 1 and uses * sizes[name] > INLINE_NODES):
             continue
         sch.compute_inline(sch.get_sblock(name))
@@ -126,6 +128,18 @@ def _count(tree: Any, kind: type) -> int:
     found: list[None] = []
     structural.structural_walk(tree, [(kind, lambda _: found.append(None))])
     return len(found)
+
+
+def _has_calls(tree: Any) -> bool:
+    """Tell whether an expression calls a function that is more than an instruction."""
+    found: list[None] = []
+
+    def visit(call: Any) -> None:
+        if not call.op.name.startswith(exact.PREFIX):
+            found.append(None)
+
+    structural.structural_walk(tree, [(ir.Call, visit)])
+    return bool(found)
 
 
 def _count_reads(tree: Any, buffer: Any) -> int:

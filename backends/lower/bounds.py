@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tvm import DataType, ir
+from tvm import DataType, ir, te, tirx
 from tvm.sym import Analyzer
 from tvm_ffi import structural
 
@@ -35,8 +35,13 @@ class Bounds:
         def visit(call: Any, visitor: Any) -> None:
             nonlocal safe
             if call.op.name == "prim.if_then_else":
-                # What it chooses between, it guards itself.
-                visitor.visit(call.args[0])
+                condition, chosen, other = call.args
+                visitor.visit(condition)
+                # A branch is guarded by this condition and by nothing outside.
+                with self._analyzer.constraint_scope(condition):
+                    visitor.visit(chosen)
+                with self._analyzer.constraint_scope(self._analyzer.simplify(tirx.Not(condition))):
+                    visitor.visit(other)
                 return
             if call.op.name == "te.tensor_load":
                 safe = safe and self._is_inside(call.args[0], list(call.args[1:]))
@@ -47,8 +52,8 @@ class Bounds:
 
     def _is_inside(self, tensor: Any, index: list[Any]) -> bool:
         shape = [int(extent) for extent in tensor.shape]
-        if len(shape) == 1:
-            # A vector is read in whole registers.
+        if len(shape) == 1 and isinstance(tensor.op, te.PlaceholderOp):
+            # A vector in memory is read in whole registers.
             per_line = _LINE * 8 // max(DataType(str(tensor.dtype)).bits, 8)
             shape = [math.ceil(shape[0] / per_line) * per_line]
         for position, extent in zip(index, shape, strict=True):

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from tvm import tirx
 
+from cnnc.backends.lower import exact
 from cnnc.errors import VerifyError
 from cnnc.ir.types import DType
 
@@ -58,23 +59,29 @@ class Expr:
         a, b = same_type(self, other)
         return Expr(make(b.node, a.node) if swap else make(a.node, b.node))
 
+    def _arithmetic(self, other: Operand, name: str, make: Callable[[Any, Any], Any], swap: bool = False) -> Expr:
+        """Apply `make`, which TVM may simplify, to integers and the operator of that name to floats."""
+        a, b = same_type(self, other)
+        x, y = (b.node, a.node) if swap else (a.node, b.node)
+        return Expr(exact.binary(name, x, y) if a.dtype.is_float else make(x, y))
+
     def __add__(self, other: Operand) -> Expr:
-        return self._binary(other, lambda a, b: a + b)
+        return self._arithmetic(other, "add", lambda a, b: a + b)
 
     def __radd__(self, other: Operand) -> Expr:
-        return self._binary(other, lambda a, b: a + b, swap=True)
+        return self._arithmetic(other, "add", lambda a, b: a + b, swap=True)
 
     def __sub__(self, other: Operand) -> Expr:
-        return self._binary(other, lambda a, b: a - b)
+        return self._arithmetic(other, "sub", lambda a, b: a - b)
 
     def __rsub__(self, other: Operand) -> Expr:
-        return self._binary(other, lambda a, b: a - b, swap=True)
+        return self._arithmetic(other, "sub", lambda a, b: a - b, swap=True)
 
     def __mul__(self, other: Operand) -> Expr:
-        return self._binary(other, lambda a, b: a * b)
+        return self._arithmetic(other, "mul", lambda a, b: a * b)
 
     def __rmul__(self, other: Operand) -> Expr:
-        return self._binary(other, lambda a, b: a * b, swap=True)
+        return self._arithmetic(other, "mul", lambda a, b: a * b, swap=True)
 
     def __truediv__(self, other: Operand) -> Expr:
         return self._divide(other, swap=False)
@@ -85,7 +92,7 @@ class Expr:
     def _divide(self, other: Operand, swap: bool) -> Expr:
         if not self.dtype.is_float:
             raise VerifyError(f"'/' is for floats, not {self.dtype}: use te.floordiv or te.truncdiv")
-        return self._binary(other, tirx.div, swap)
+        return self._arithmetic(other, "div", tirx.div, swap)
 
     def __floordiv__(self, other: Operand) -> Expr:
         return self._binary(other, tirx.floordiv)
@@ -116,22 +123,22 @@ class Expr:
         return self._binary(other, tirx.shift_right)
 
     def __lt__(self, other: Operand) -> Expr:
-        return self._binary(other, tirx.LT)
+        return self._arithmetic(other, "lt", tirx.LT)
 
     def __le__(self, other: Operand) -> Expr:
-        return self._binary(other, tirx.LE)
+        return self._arithmetic(other, "le", tirx.LE)
 
     def __gt__(self, other: Operand) -> Expr:
-        return self._binary(other, tirx.GT)
+        return self._arithmetic(other, "gt", tirx.GT)
 
     def __ge__(self, other: Operand) -> Expr:
-        return self._binary(other, tirx.GE)
+        return self._arithmetic(other, "ge", tirx.GE)
 
     def __eq__(self, other: Operand) -> Expr:  # type: ignore[override]
-        return self._binary(other, tirx.EQ)
+        return self._arithmetic(other, "eq", tirx.EQ)
 
     def __ne__(self, other: Operand) -> Expr:  # type: ignore[override]
-        return self._binary(other, tirx.NE)
+        return self._arithmetic(other, "ne", tirx.NE)
 
     __hash__ = object.__hash__
 

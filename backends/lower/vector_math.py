@@ -23,8 +23,9 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-import tvm
 from tvm import tirx
+
+from cnnc.backends.lower.operators import register_operator
 
 _LOG2_E = 1.4426950408889634
 # ln 2 = _LN2_HI + _LN2_LO; _LN2_HI has nine bits, so that n * _LN2_HI is exact for every exponent n.
@@ -127,21 +128,12 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
 def register() -> None:
     """Make `cnnc.<name>` operators of TVM: pure, vectorisable, lowered by the functions here.  Idempotent."""
     for name, function in FUNCTIONS.items():
-        full_name = f"cnnc.{name}"
-        tvm.get_global_func("ir.RegisterOp")(full_name, function.__doc__ or "")
-        tvm.ir.Op.get(full_name).set_num_inputs(1)
-        tvm.ir.register_op_attr(full_name, "TScriptPrinterName", full_name)
-        tvm.ir.register_op_attr(full_name, "TVectorizable", True)
-        tvm.ir.register_op_attr(full_name, "TCallEffectKind", _PURE)
-        tirx.register_intrin_lowering(full_name, "llvm", f=_lowering(function))
+        register_operator(f"cnnc.{name}", 1, _lowering(function), function.__doc__ or "")
 
 
 def call(name: str, x: Any) -> Any:
     """Apply a function of `FUNCTIONS` to a float32 expression."""
     return tirx.call_intrin("float32", f"cnnc.{name}", x)
-
-
-_PURE = 1
 
 
 def _lowering(function: Callable[[Any], Any]) -> Callable[[Any], Any]:

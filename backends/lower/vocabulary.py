@@ -17,7 +17,7 @@ import numpy as np
 from tvm import te as tvm_te
 from tvm import tirx
 
-from cnnc.backends.lower import vector_math
+from cnnc.backends.lower import exact, vector_math
 from cnnc.backends.lower.bounds import Bounds
 from cnnc.backends.lower.expr import Expr, Number, Operand, Tensor, as_index, same_type
 from cnnc.backends.lower.functions import Functions
@@ -190,27 +190,27 @@ class Vocabulary(Functions):
 
     def equal(self, a: Operand, b: Operand) -> Expr:
         """a == b."""
-        return _compare(tirx.EQ, a, b)
+        return _compare("eq", tirx.EQ, a, b)
 
     def not_equal(self, a: Operand, b: Operand) -> Expr:
         """a != b (true for NaN)."""
-        return _compare(tirx.NE, a, b)
+        return _compare("ne", tirx.NE, a, b)
 
     def less(self, a: Operand, b: Operand) -> Expr:
         """a < b."""
-        return _compare(tirx.LT, a, b)
+        return _compare("lt", tirx.LT, a, b)
 
     def less_equal(self, a: Operand, b: Operand) -> Expr:
         """a <= b."""
-        return _compare(tirx.LE, a, b)
+        return _compare("le", tirx.LE, a, b)
 
     def greater(self, a: Operand, b: Operand) -> Expr:
         """a > b."""
-        return _compare(tirx.GT, a, b)
+        return _compare("gt", tirx.GT, a, b)
 
     def greater_equal(self, a: Operand, b: Operand) -> Expr:
         """a >= b."""
-        return _compare(tirx.GE, a, b)
+        return _compare("ge", tirx.GE, a, b)
 
     def maximum(self, a: Operand, b: Operand) -> Expr:
         """Give the larger of two; NaN if either is."""
@@ -259,9 +259,9 @@ def _expression(x: Operand) -> Expr:
     return x
 
 
-def _compare(make: Callable[[Any, Any], Any], a: Operand, b: Operand) -> Expr:
+def _compare(name: str, make: Callable[[Any, Any], Any], a: Operand, b: Operand) -> Expr:
     x, y = same_type(a, b)
-    return Expr(make(x.node, y.node))
+    return Expr(exact.binary(name, x.node, y.node) if x.dtype.is_float else make(x.node, y.node))
 
 
 def _typed(make: Callable[[Any, Any], Any], a: Operand, b: Operand) -> Expr:

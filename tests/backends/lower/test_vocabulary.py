@@ -242,3 +242,52 @@ def test_mistakes_are_refused(name: str) -> None:
     function, message = MISTAKES[name]
     with pytest.raises(VerifyError, match=message):
         te.compute((4,), lambda i: function(te, x[i], i), "y")
+
+
+TRICKY = np.array([0, -0.0, 1, -2.5, 3e38, INF, -INF, NAN], np.float32)
+
+REAL_NUMBER_RULES: dict[str, tuple[Callable[..., Expr], Callable[[np.ndarray], np.ndarray]]] = {
+    "x - x": (lambda te, x: x - x, lambda x: x - x),
+    "x + c - c": (lambda te, x: x + 1e4 - 1e4, lambda x: (x + x.dtype.type(1e4)) - x.dtype.type(1e4)),
+    "x + c - x": (lambda te, x: x + 1.0 - x, lambda x: x + 1 - x),
+    "x - (x + c)": (lambda te, x: x - (x + 1.0), lambda x: x - (x + 1)),
+    "x * 0": (lambda te, x: x * 0.0, lambda x: x * 0),
+    "0 * x": (lambda te, x: 0.0 * x, lambda x: 0 * x),
+    "0 / x": (lambda te, x: 0.0 / x, lambda x: 0 / x),
+    "x + 0": (lambda te, x: x + 0.0, lambda x: x + x.dtype.type(0)),
+    "x == x": (lambda te, x: te.cast(te.equal(x, x), x.dtype), lambda x: x == x),
+    "x != x": (lambda te, x: te.cast(x != x, x.dtype), lambda x: x != x),
+    "x >= x": (lambda te, x: te.cast(te.greater_equal(x, x), x.dtype), lambda x: x >= x),
+    "not x < c": (lambda te, x: te.cast(te.logical_not(x < 1.0), x.dtype), lambda x: ~(x < 1)),
+    "not x >= c": (lambda te, x: te.cast(~(x >= 1.0), x.dtype), lambda x: ~(x >= 1)),
+    "x < c or x >= c": (lambda te, x: te.cast(te.logical_or(x < 1.0, x >= 1.0), x.dtype), lambda x: (x < 1) | (x >= 1)),
+    "select": (lambda te, x: te.select(te.equal(x, x), x, 7.0), lambda x: np.where(np.isnan(x), x.dtype.type(7), x)),
+}
+"""What TVM takes for granted of real numbers, and numpy's answer for floats."""
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("rule", REAL_NUMBER_RULES)
+def test_floats_are_no_real_numbers(rule: str, dtype: type, tmp_path: Path) -> None:
+    function, wanted = REAL_NUMBER_RULES[rule]
+    with np.errstate(all="ignore"):
+        x = np.repeat(TRICKY, 5).astype(dtype)
+        expected = wanted(x).astype(dtype)
+    y = evaluate(tmp_path, each(function), x)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(np.signbit(y[~np.isnan(y)]), np.signbit(expected[~np.isnan(y)]))
+
+
+def test_a_read_inside_a_guard_is_guarded_outside_too(tmp_path: Path) -> None:
+    """Nested choices must not become selections: one of them alone does not keep a read inside its tensor."""
+    te = Vocabulary()
+    parts = [Tensor(tvm_te.placeholder((12, 3), "float32", f"x{i}")) for i in range(4)]
+
+    def pick(i: Expr, j: Expr) -> Expr:
+        low = te.where(i < 12, parts[0][i, j], parts[1][i - 12, j])
+        high = te.where(i < 36, parts[2][i - 24, j], parts[3][i - 36, j])
+        return te.where(i < 24, low, high)
+
+    text = str(tvm_te.create_prim_func([*(p.raw for p in parts), te.compute((48, 3), pick, "y").raw]).script())
+    assert "if_then_else(v_i0 < 24" in text
+    assert "Select" not in text
