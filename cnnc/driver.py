@@ -40,6 +40,7 @@ class Options:
 
     `shapes` and `batch` fix sizes an ONNX model leaves open; `level` is the optimisation level 0..3; `passes`
     replaces the pipeline of that level; `dump_ir` is a folder for the IR after each pass that changed it;
+    `exact` keeps convolutions to the very products of the definition, which forbids Winograd's algorithm;
     `cache` off compiles every kernel anew; `name` is what the C functions begin with, by default the name of the
     ONNX file or of the network.
     """
@@ -50,6 +51,7 @@ class Options:
     batch: int | None = None
     level: int = 3
     passes: str | None = None
+    exact: bool = False
     dump_ir: Path | None = None
     limits: Limits = field(default_factory=Limits)
     cache: bool = True
@@ -63,6 +65,7 @@ class Options:
             "batch": self.batch,
             "level": self.level,
             "passes": self.passes,
+            "exact": self.exact,
             "shapes": shapes,
         }
 
@@ -102,6 +105,7 @@ def compile(
     batch: int | None = None,
     level: int = 3,
     passes: str | None = None,
+    exact: bool = False,
     dump_ir: str | os.PathLike[str] | None = None,
     limits: Limits | None = None,
     cache: bool = True,
@@ -122,6 +126,7 @@ def compile(
         batch=batch,
         level=level,
         passes=passes,
+        exact=exact,
         dump_ir=Path(dump_ir) if dump_ir is not None else None,
         limits=limits or Limits(),
         cache=cache,
@@ -158,7 +163,7 @@ def lower(graph: Graph, options: Options, report: Report) -> Lowered:
 
     _refuse_open_sizes(graph)
     target = Target.parse(options.target, options.threads)
-    chosen = pipeline(options.level, TEMPLATES, options.passes)
+    chosen = pipeline(options.level, TEMPLATES, options.passes, exact=options.exact)
     lowered = run_pipeline(graph, target, chosen, dump_dir=options.dump_ir, log=report.rewrites, timings=report.passes)
     plan = plan_memory(lowered, target)
     return Lowered(lowered, plan, target)

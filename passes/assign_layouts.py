@@ -28,6 +28,7 @@ from cnnc.ops.conv import Conv
 from cnnc.ops.fused import Fused
 from cnnc.ops.layout_transform import LayoutTransform
 from cnnc.ops.source import Constant
+from cnnc.ops.winograd import winograd_layout
 from cnnc.passes.registry import Pass
 from cnnc.passes.views import renames_memory
 from cnnc.target import Target
@@ -118,8 +119,13 @@ def _has_channels(v: Value, node: Node) -> bool:
 
 
 def _conv_layouts(node: Node, block: int, plain: bool = False) -> tuple[Layout | None, ...]:
-    """Want OIHW{b}i{b}o weights, or OIHW{b}o where groups fit into blocks or few channels are read plain."""
+    """Want OIHW{b}i{b}o weights, or OIHW{b}o where groups fit into blocks or few channels are read plain.
+
+    Transformed weights are wanted as HWOI{b}i{b}o.
+    """
     w = node.inputs[1].type
+    if isinstance(node.op, Conv) and node.op.tile is not None:
+        return (channel_layout(w.rank, block), winograd_layout(block, block), *(None for _ in node.inputs[2:]))
     channels = w.static_shape[1]
     inside = not _is_dense(node) and channels < block and channels > 0 and block % channels == 0
     reads_plain = plain or (_is_dense(node) and channels < block and not _reads_either(node, block))
@@ -128,8 +134,8 @@ def _conv_layouts(node: Node, block: int, plain: bool = False) -> tuple[Layout |
 
 
 def _is_dense(node: Node) -> bool:
-    """Whether a convolution has one group."""
-    return isinstance(node.op, Conv) and node.op.groups == 1
+    """Whether a convolution has one group, and its weight as it is."""
+    return isinstance(node.op, Conv) and node.op.groups == 1 and node.op.tile is None
 
 
 def _reads_either(node: Node, block: int) -> bool:

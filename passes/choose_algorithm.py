@@ -1,10 +1,12 @@
 """Choose how each convolution is computed.
 
-    conv{algorithm=direct} -> conv{algorithm=A}
+    conv{algorithm=direct}(x, w) -> conv{algorithm=winograd4}(x, winograd_weight{tile=4}(w))
 
-for the cheapest A of a table whose error stays within the budget.  `seconds` are relative estimates for one layer on
-one core; `error` is in units of the last place of the work done, max |y - exact| / (eps * sum |a||b|), as measured on
-3x3 layers; the budget of a convolution is 8 without Winograd, 64 with it.
+for the cheapest algorithm of a table whose error stays within the budget.  `seconds` are relative estimates for one
+layer on one core; `error` is in units of the last place of the work done, max |y - exact| / (eps * sum |a||b|), as
+measured on 3x3 layers; the budget is 64.  What is not cheaper than the first of the table by a clear margin gives way
+to it.  Winograd's algorithms also differ in what they make of infinities, which turn into NaN wherever a tile holds
+one, and near the largest floats: `exact` forbids them.
 """
 
 from __future__ import annotations
@@ -13,10 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import numpy as np
+
 from cnnc.ir.build import call
 from cnnc.ir.graph import Graph, Node, Value
 from cnnc.ir.rewrite import rewrite
+from cnnc.ir.types import DType
 from cnnc.ops.conv import Conv
+from cnnc.ops.winograd import KERNEL, WinogradWeight, winograd_tile
+from cnnc.passes.constants import array_of
 from cnnc.passes.registry import Pass
 from cnnc.target import Target
 
@@ -26,44 +33,100 @@ Seconds: TypeAlias = Callable[[Node, Target], float]
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One way to compute a convolution: when it applies, what it costs, how large its error is."""
+    """One way to compute a convolution: when it applies, what it costs, how large its error is.
+
+    `exact` says that it adds up the very products of the definition.
+    """
 
     name: str
     error: float
     applies: Applies
     seconds: Seconds
+    exact: bool = False
 
 
-FMA_A_SECOND = 4e9
-"""Vector multiply-adds a second of one core: only ratios between algorithms matter."""
+FMA_A_SECOND = 5.7e9
+"""Vector multiply-adds a second of one core; like the other rates, only their ratios decide."""
+
+BYTES_A_SECOND = 1.6e10
+"""What one core reads from memory, where a network's weights are each time they are needed."""
+
+DATA_FMA, OUTPUT_FMA = 15.0, 8.0
+"""What transforming a vector of input, or of sums, costs for each position in the tile, in multiply-adds."""
+
+MARGIN = 0.88
+"""An algorithm must take less than this share of the time of the first to be worth it."""
+
+
+def _blocks(channels: int, target: Target) -> int:
+    return -(-channels // target.vector_lanes)
 
 
 def _direct_seconds(node: Node, target: Target) -> float:
+    """Count the multiply-adds of the definition."""
     flops = node.op.flops(*(v.type for v in node.inputs))
-    return flops / (2 * target.vector_lanes * FMA_A_SECOND)
+    weights = node.inputs[1].type.nbytes
+    return flops / (2 * target.vector_lanes * FMA_A_SECOND) + weights / BYTES_A_SECOND
 
+
+def _winograd_seconds(tile: int) -> Seconds:
+    """Count the products of each position of each tile, and the transforms."""
+    positions = (tile + KERNEL - 1) ** 2
+
+    def seconds(node: Node, target: Target) -> float:
+        n, oc, height, width = node.types[0].static_shape
+        ic = node.inputs[1].type.static_shape[1]
+        ic_blocks, oc_blocks = _blocks(ic, target), _blocks(oc, target)
+        tiles = n * -(-height // tile) * -(-width // tile)
+        products = 1.06 * ic_blocks * target.vector_lanes * oc_blocks
+        work = tiles * positions * (products + DATA_FMA * ic_blocks + OUTPUT_FMA * oc_blocks)
+        return work / FMA_A_SECOND + 4 * positions * ic * oc / BYTES_A_SECOND
+
+    return seconds
+
+
+def _winograd_applies(node: Node) -> bool:
+    """Whether it is a float32 image convolution 3x3 of stride 1 with known, finite weights and enough channels."""
+    op, x, w = node.op, node.inputs[0].type, array_of(node.inputs[1])
+    if not isinstance(op, Conv) or w is None or not x.is_static or x.rank != 4 or x.dtype is not DType.F32:
+        return False
+    if w.shape[2:] != (KERNEL, KERNEL) or any(s != 1 for s in (*op.stride, *op.dilation, op.groups)):
+        return False
+    return min(w.shape[:2]) >= FEWEST_CHANNELS and node.types[0].elements > 0 and bool(np.isfinite(w).all())
+
+
+FEWEST_CHANNELS = 16
+"""With fewer there is little to save, and the first layer of a network reads plain data itself."""
 
 ALGORITHMS: tuple[Algorithm, ...] = (
-    Algorithm("direct", error=2.2, applies=lambda node: True, seconds=_direct_seconds),
+    Algorithm("direct", error=2.2, applies=lambda node: True, seconds=_direct_seconds, exact=True),
+    Algorithm("winograd2", error=1.0, applies=_winograd_applies, seconds=_winograd_seconds(2)),
+    Algorithm("winograd4", error=6.0, applies=_winograd_applies, seconds=_winograd_seconds(4)),
 )
 """The table: a new algorithm is a line here and a template in the back end."""
 
 
 @dataclass(frozen=True)
 class ChooseAlgorithm(Pass):
-    """Choose an algorithm for every convolution; `budget` bounds its error."""
+    """Choose an algorithm for every convolution; `budget` bounds its error, `exact` forbids Winograd's."""
 
-    budget: float = 8.0
+    budget: float = 64.0
+    exact: bool = False
 
     def run(self, graph: Graph, target: Target) -> Graph:
-        """Set the algorithm of every convolution."""
+        """Set the algorithm of every convolution; one with transformed weights keeps the one they are for."""
+        table = tuple(a for a in ALGORITHMS if a.exact or not self.exact)
 
         def choose_algorithm(v: Value) -> Value | None:
             """conv{algorithm=direct} -> conv{algorithm=cheapest within the budget}."""
             match v.node:
-                case Node(Conv() as conv, inputs):
-                    best = cheapest(v.node, target, self.budget)
-                    return None if conv.algorithm == best else call(replace(conv, algorithm=best), *inputs)
+                case Node(Conv() as conv, (x, w, *bias)) if conv.tile is None:
+                    best = cheapest(v.node, target, self.budget, table)
+                    if conv.algorithm == best:
+                        return None
+                    tile = winograd_tile(best)
+                    weight = w if tile is None else call(WinogradWeight(tile), w)
+                    return call(replace(conv, algorithm=best), x, weight, *bias)
             return None
 
         return rewrite(graph, (choose_algorithm,))
@@ -72,7 +135,9 @@ class ChooseAlgorithm(Pass):
 def cheapest(node: Node, target: Target, budget: float, table: tuple[Algorithm, ...] = ALGORITHMS) -> str:
     """Name the cheapest algorithm of a table that applies to a convolution and stays within an error budget.
 
-    The first of the table is what remains when none does.
+    The first of the table is what remains when none does, or none is cheaper by the margin.
     """
-    possible = [a for a in table if a.error <= budget and a.applies(node)]
-    return min(possible, key=lambda a: a.seconds(node, target), default=table[0]).name
+    first, *others = table
+    possible = [a for a in others if a.error <= budget and a.applies(node)]
+    best = min(possible, key=lambda a: a.seconds(node, target), default=first)
+    return best.name if best.seconds(node, target) < MARGIN * first.seconds(node, target) else first.name

@@ -2,8 +2,8 @@
 
     f(c1, c2, ...) -> constant
 
-by the operators' own numpy definition.  A result of more than `limit` bytes stays uncomputed, unless it is
-smaller than what it is computed from: an Expand must not turn four bytes into gigabytes of weights.
+by the operators' own numpy definition.  A result of more than `limit` bytes stays uncomputed, unless it is at most
+four times what it is computed from, as transformed weights are: an Expand must not turn four bytes into gigabytes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from cnnc.ops.fused import Fused
 from cnnc.ops.source import Constant
 from cnnc.passes.registry import Pass
 from cnnc.target import Target
+
+GROWTH = 4
+"""How much larger than its operands a constant may be whatever its size."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class FoldConstants(Pass):
         if not all(isinstance(v.op, Constant) for v in node.inputs) or not all(t.is_static for t in node.types):
             return False
         given = sum(v.type.nbytes for v in node.inputs)
-        return all(t.nbytes <= max(self.limit, given) for t in node.types)
+        return all(t.nbytes <= max(self.limit, GROWTH * given) for t in node.types)
 
 
 def _constants(values: tuple[Value, ...]) -> tuple[Value, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,22 @@ LEVELS = (0, 1, 2, 3)
 
 
 def pipeline(
-    level: int, templates: Sequence[KernelTemplate] = (), passes: str | None = None, records: Records | None = None
+    level: int,
+    templates: Sequence[KernelTemplate] = (),
+    passes: str | None = None,
+    records: Records | None = None,
+    *,
+    exact: bool = False,
 ) -> tuple[Pass, ...]:
     """Give the passes of an optimisation level, or those that `passes` spells out.
 
-    `templates` and `records` are what the tile pass chooses from.  Raises `UsageError` for a level that does not exist.
+    `templates` and `records` are what the tile pass chooses from; `exact` keeps to algorithms that add up the very
+    products of the definition.  Raises `UsageError` for a level that does not exist.
     """
     handed_in: dict[str, Any] = {"templates": tuple(templates), "records": records or no_records}
     if passes is not None:
-        return parse_passes(passes, {"tile": handed_in})
+        given = parse_passes(passes, {"tile": handed_in})
+        return tuple(replace(p, exact=p.exact or exact) if isinstance(p, ChooseAlgorithm) else p for p in given)
     if level not in LEVELS:
         raise UsageError(f"optimisation level {level} does not exist; use one of {', '.join(map(str, LEVELS))}")
     tile = Tile(**handed_in)
@@ -50,7 +58,7 @@ def pipeline(
         return (FoldConstants(), Fuse(grow=False), tile)
     chosen: list[Pass] = [Simplify(), FoldConstants(), FoldBatchNorm(), FoldPad(), Simplify(), FoldConstants(), Cse()]
     if level >= 3:
-        chosen += [ChooseAlgorithm()]
+        chosen += [ChooseAlgorithm(exact=exact), FoldConstants()]
     if level >= 2:
         chosen += [AssignLayouts(), Cse()]
     return (*chosen, Fuse(), tile)

@@ -20,6 +20,7 @@ __all__ = [
     "load",
     "loop",
     "parallel",
+    "prefetch",
     "sequence",
     "store",
     "unrolled",
@@ -101,6 +102,13 @@ def load(source: Any, *indices: Any, lanes: int = 1) -> Any:
 def store(target: Any, value: Any, *indices: Any, lanes: int = 1) -> Any:
     """Write one element, or `lanes` neighbours along the last axis."""
     return tirx.BufferStore(target, value, _indices(indices, lanes))
+
+
+def prefetch(source: Any, *indices: Any) -> Any:
+    """Ask for the cache line of an element; an address beyond the buffer does no harm."""
+    address = tirx.address_of(load(source, *indices))
+    read, keep_near, data = (tirx.const(number, "int32") for number in (0, 3, 1))
+    return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch.p0", address, read, keep_near, data))
 
 
 def function(params: Sequence[Any], body: Any) -> Any:

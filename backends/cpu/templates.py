@@ -11,9 +11,18 @@ from cnnc.backends.cpu.gemm import DenseTemplate
 from cnnc.backends.cpu.generic import Generic
 from cnnc.backends.cpu.pool import GlobalPool, Pool
 from cnnc.backends.cpu.template import Template
+from cnnc.backends.cpu.winograd import Winograd
 from cnnc.errors import VerifyError
 
-TEMPLATES: tuple[Template, ...] = (ConvDirect(), Depthwise(), Pool(), GlobalPool(), DenseTemplate(), Generic())
+TEMPLATES: tuple[Template, ...] = (
+    ConvDirect(),
+    Winograd(),
+    Depthwise(),
+    Pool(),
+    GlobalPool(),
+    DenseTemplate(),
+    Generic(),
+)
 
 
 def template(name: str) -> Template:

@@ -37,6 +37,7 @@ def compile_options(function: F) -> F:
             "-O", "level", type=click.IntRange(0, 3), default=3, show_default=True, help="Optimisation level."
         ),
         click.option("--passes", help='Run these passes instead, e.g. "fold_batch_norm,cse,fuse".'),
+        click.option("--exact", is_flag=True, help="Add up the very products of each convolution: no Winograd."),
         click.option("--dump-ir", type=click.Path(path_type=Path), help="Folder for the IR after each pass."),
         click.option("--no-cache", is_flag=True, help="Compile every kernel anew."),
     ]
@@ -60,6 +61,7 @@ def options_of(arguments: dict[str, Any]) -> Options:
         batch=arguments["batch"],
         level=arguments["level"],
         passes=arguments["passes"],
+        exact=arguments["exact"],
         dump_ir=arguments["dump_ir"],
         cache=not arguments["no_cache"],
     )
@@ -82,6 +84,7 @@ def open_model(model: str, arguments: dict[str, Any], name: str | None = None) -
             batch=options.batch,
             level=options.level,
             passes=options.passes,
+            exact=options.exact,
             dump_ir=options.dump_ir,
             cache=options.cache,
             name=name,

@@ -32,7 +32,7 @@ def command(model: str | None, list_passes: bool, print_after_each: bool, **argu
     options = options_of(arguments)
     graph = load_graph(model, options)
     target = Target.parse(options.target)
-    for step in pipeline(options.level, TEMPLATES, options.passes):
+    for step in pipeline(options.level, TEMPLATES, options.passes, exact=options.exact):
         graph = run_pipeline(graph, target, [step])
         if print_after_each:
             click.echo(f"; after {step.name}\n{print_graph(graph)}")

@@ -98,6 +98,7 @@ from cnnc.ops.unary import (
     Tanh,
     ThresholdedRelu,
 )
+from cnnc.ops.winograd import WinogradWeight
 
 __all__ = [
     "Abs",
@@ -218,6 +219,7 @@ __all__ = [
     "Tile",
     "Transpose",
     "Where",
+    "WinogradWeight",
     "Xor",
     "constant",
     "graph_input",

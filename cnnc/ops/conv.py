@@ -13,12 +13,20 @@ from cnnc.errors import ShapeError
 from cnnc.ir.build import call
 from cnnc.ir.graph import Value
 from cnnc.ir.layout import Layout
-from cnnc.ir.op import Example, ForeignNode, Kind, Op, onnx
+from cnnc.ir.op import Example, ForeignNode, Kind, Op, onnx, random_array
 from cnnc.ir.types import DType, TensorType
 from cnnc.ops.blocked import channel_block, channel_layout, every, fixed, plain_only, tensor, weight_layout
 from cnnc.ops.broadcast import widen, working_dtype
 from cnnc.ops.numeric import cast_to, check_floats, check_vector, narrow
 from cnnc.ops.window import Window, read_window
+from cnnc.ops.winograd import (
+    KERNEL,
+    WinogradWeight,
+    spatial_weight,
+    spatial_weight_tensor,
+    winograd_layout,
+    winograd_tile,
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,8 @@ class Conv(Op):
     y[n,o,p] = b[o] + sum over i, k of x[n, g*I/groups + i, p*stride - pad + k*dilation] * w[o,i,k],  g the group of o
 
     Inputs x[N,I,...], w[O,I/groups,...], optionally b[O]; pad is (begin..., end...).  `algorithm` names how it is
-    computed ("direct", "winograd", ...) and does not change what it means.
+    computed ("direct", "winograd2", "winograd4").  With Winograd's, which take 3x3 kernels of stride 1, w is handed in
+    transformed, as winograd_weight{tile}(w); what the convolution means stays the same.
     """
 
     stride: tuple[int, ...]
@@ -42,13 +51,21 @@ class Conv(Op):
     def window(self, w: TensorType | np.ndarray) -> Window:
         """Give the windows for these weights."""
         kernel = w.static_shape[2:] if isinstance(w, TensorType) else w.shape[2:]
+        if self.tile is not None:
+            kernel = (KERNEL, KERNEL)
         return Window(tuple(kernel), self.stride, self.pad, self.dilation)
+
+    @property
+    def tile(self) -> int | None:
+        """The output tile of Winograd's algorithm, None for any other."""
+        return winograd_tile(self.algorithm)
 
     def infer(self, x: TensorType, w: TensorType, b: TensorType | None = None) -> TensorType:
         """Give [N,O,...]; raises `ShapeError` where channels, groups, windows or dtypes do not fit."""
         check_floats(self.name, x=x, weight=w, bias=b)
         if w.rank != x.rank or not w.is_static:
             raise ShapeError(f"{self.name}: weight {w} must be of fixed shape and of the rank of x : {x}")
+        self._check_winograd(w)
         window = self.window(w)
         window.check(self.name, x)
         if self.groups < 1 or w.static_shape[0] % self.groups:
@@ -61,11 +78,28 @@ class Conv(Op):
         check_vector(self.name, "bias", b, w.shape[0], "output channel")
         return x.with_shape((x.shape[0], w.shape[0], *window.output(self.name, x.shape[2:])))
 
+    def _check_winograd(self, w: TensorType) -> None:
+        """Raise `ShapeError` for what Winograd's algorithm does not take."""
+        if self.tile is None:
+            return
+        size = self.tile + KERNEL - 1
+        if w.static_shape[2:] != (size, size):
+            raise ShapeError(
+                f"{self.name}: {self.algorithm} takes weights transformed by winograd_weight{{tile={self.tile}}},"
+                f" {size}x{size} for each pair of channels, not {w}"
+            )
+        if any(s != 1 for s in (*self.stride, *self.dilation, self.groups)):
+            raise ShapeError(
+                f"{self.name}: {self.algorithm} takes stride, dilation and groups of 1,"
+                f" not stride={self.stride}, dilation={self.dilation}, groups={self.groups}"
+            )
+
     def infer_layout(self, x: TensorType, w: TensorType, b: TensorType | None = None) -> tuple[Layout | None, ...]:
         """Take NCHW{b}c with OIHW{b}i{o}o and give NCHW{o}c; a plain x goes with OIHW{o}o or a plain weight.
 
         With groups the blocks must divide the groups' channels.  Or, as in a depthwise convolution, whole groups fit
-        into a block, which stays the same: then the weight is OIHW{b}o.  The bias is plain.
+        into a block, which stays the same: then the weight is OIHW{b}o.  The bias is plain.  Transformed weights for
+        NCHW{b}c are HWOI{b}i{o}o.
         """
         block = channel_block(self.name, "x", x)
         plain_only(self.name, bias=b)
@@ -78,9 +112,9 @@ class Conv(Op):
             if block != out_block or x.shape[1] != w.shape[0] or block % w.static_shape[1]:
                 raise ShapeError(f"{self.name}: whole groups must fit into the blocks of x : {x} and weight {w}")
             return (x.layout,)
-        wanted = weight_layout(w.rank, block, out_block)
+        wanted = weight_layout(w.rank, block, out_block) if self.tile is None else winograd_layout(block, out_block)
         if w.layout != wanted and not (
-            block == 1 and w.layout == weight_layout(w.rank, w.layout.block("I"), out_block)
+            self.tile is None and block == 1 and w.layout == weight_layout(w.rank, w.layout.block("I"), out_block)
         ):
             raise ShapeError(f"{self.name}: for x : {x} the weight must be in layout {wanted}, not {w.layout}")
         if self.groups > 1 and (w.static_shape[1] % block or w.static_shape[0] // self.groups % out_block):
@@ -89,6 +123,8 @@ class Conv(Op):
 
     def reference(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None = None) -> np.ndarray:
         """Add up, tap by tap, the products of the weights and the shifted input."""
+        if self.tile is not None:
+            w = spatial_weight(w, self.tile).astype(widen(w).dtype)
         window = self.window(w)
         output = window.output(self.name, x.shape[2:])
         sizes = tuple(int(s) for s in output if isinstance(s, int))
@@ -113,6 +149,10 @@ class Conv(Op):
         spatial, sizes = fixed(self.name, x_type.shape[2:]), fixed(self.name, out.shape[2:])
         wide = working_dtype(out.dtype)
         per_group = w_type.static_shape[0] // self.groups
+        weights = xs[1]
+        if self.tile is not None:
+            weights = spatial_weight_tensor(te, weights, w_type, self.tile)
+            w_type = TensorType((*w_type.shape[:2], KERNEL, KERNEL), w_type.dtype)
         ic = te.reduce_axis(w_type.static_shape[1], "ic")
         taps = [te.reduce_axis(k, f"k{i}") for i, k in enumerate(window.kernel)]
 
@@ -123,7 +163,7 @@ class Conv(Op):
             conditions = window.in_bounds(where, spatial, sizes)
             if conditions:
                 value = te.where(every(te, conditions), value, te.const(0, x_type.dtype))
-            weight = te.at(xs[1], w_type, o, ic, *taps)
+            weight = te.at(weights, w_type, o, ic, *taps)
             return te.sum(cast_to(te, value, out.dtype, wide) * cast_to(te, weight, out.dtype, wide), [ic, *taps])
 
         # Weights are 0 in the pad lanes, but an infinite input makes NaN of it: `finish` puts the 0 back.
@@ -142,7 +182,7 @@ class Conv(Op):
     def flops(self, x: TensorType, w: TensorType, b: TensorType | None = None) -> int:
         """Count two for each multiply-add, one for each bias."""
         elements = self.infer(x, w, b).elements
-        return elements * (2 * math.prod(w.static_shape[1:]) + (b is not None))
+        return elements * (2 * w.static_shape[1] * math.prod(self.window(w).kernel) + (b is not None))
 
     @classmethod
     def examples(cls) -> Iterable[Example]:
@@ -168,6 +208,10 @@ class Conv(Op):
             (1, 12, 6, 6), (12, 2, 3, 3), (2, 1), (1, 1, 1, 1), groups=6, bias=True, blocks=(8, 8), inside=True
         )
         yield _example((2, 5, 11), (7, 5, 3), (1,), (1, 1), blocks=(4, 4))
+        yield _winograd_example(4, (1, 3, 9, 7), 5, (1, 1, 1, 1), bias=True)
+        yield _winograd_example(2, (2, 4, 5, 6), 3, (0, 2, 1, 0))
+        yield _winograd_example(4, (1, 6, 9, 8), 10, (1, 1, 1, 1), bias=True, blocks=(8, 8))
+        yield _winograd_example(2, (2, 9, 4, 5), 8, (1, 0, 2, 1), blocks=(8, 8))
 
 
 def _example(
@@ -188,6 +232,29 @@ def _example(
     layout = weight_layout(len(w), 1 if inside else blocks[0], blocks[1]) if blocks[1] > 1 else None
     types = [TensorType(x, dtype, channel_layout(len(x), blocks[0])), TensorType(w, dtype, layout)]
     return Example(op, (*types, TensorType((w[0],), dtype)) if bias else tuple(types))
+
+
+def _winograd_example(
+    tile: int,
+    x: tuple[int, ...],
+    channels: int,
+    pad: tuple[int, ...],
+    bias: bool = False,
+    blocks: tuple[int, int] = (1, 1),
+) -> Example:
+    """Make an example with transformed weights, which not any number would be."""
+    op = Conv((1, 1), pad, (1, 1), algorithm=f"winograd{tile}")
+    spatial = TensorType((channels, x[1], KERNEL, KERNEL))
+    transformed = WinogradWeight(tile).infer(spatial)
+    layout = winograd_layout(*blocks) if blocks[1] > 1 else None
+    image = TensorType(x, DType.F32, channel_layout(4, blocks[0]))
+    vectors = (TensorType((channels,)),) if bias else ()
+
+    def draw(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        weight = WinogradWeight(tile).reference(random_array(rng, spatial))
+        return (random_array(rng, image), weight, *(random_array(rng, vector) for vector in vectors))
+
+    return Example(op, (image, transformed.with_layout(layout), *vectors), draw)
 
 
 @onnx("Conv")

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
 from cnnc.ir.build import call
 from cnnc.ir.text import print_graph
-from cnnc.ops import Conv
+from cnnc.ops import Conv, constant, graph_input
 from cnnc.passes.choose_algorithm import ALGORITHMS, Algorithm, ChooseAlgorithm, cheapest
+from cnnc.passes.fold_constants import FoldConstants
+from cnnc.passes.pipeline import pipeline
 from tests.passes.graphs import TARGET, check, conv, graph_of, image, operators, weights
 
 FAST = Algorithm(
@@ -34,3 +41,55 @@ def test_the_budget_decides(rng):
 def test_where_it_applies_decides(rng):
     node = conv(image(1, 3, 6, 6), weights(rng, 4, 3, 1, 1)).node
     assert cheapest(node, TARGET, 64.0, (*ALGORITHMS, FAST)) == "direct"
+
+
+def test_winograd_golden(rng, golden):
+    y = conv(image(1, 16, 12, 12), weights(rng, 16, 16, 3, 3, label="w"), weights(rng, 16), pad=1)
+    graph = graph_of(y)
+    done = check(ChooseAlgorithm(), graph, rng)
+    folded = FoldConstants().run(done, TARGET)
+    golden("choose_algorithm_winograd", print_graph(graph) + print_graph(done) + print_graph(folded))
+    assert operators(folded) == ["conv"]
+
+
+def test_exact_forbids_winograd(rng):
+    graph = graph_of(conv(image(1, 16, 12, 12), weights(rng, 16, 16, 3, 3), pad=1))
+    assert operators(check(ChooseAlgorithm(exact=True), graph, rng)) == ["conv"]
+    for passes in (pipeline(3, exact=True), pipeline(3, passes="choose_algorithm", exact=True)):
+        (chosen,) = [p for p in passes if isinstance(p, ChooseAlgorithm)]
+        assert str(chosen) == "choose_algorithm{exact=True}"
+
+
+def test_the_budget_forbids_what_it_cannot_pay(rng):
+    node = conv(image(1, 64, 56, 56), weights(rng, 64, 64, 3, 3), pad=1).node
+    assert cheapest(node, TARGET, 64.0) == "winograd4"
+    assert cheapest(node, TARGET, 5.0) == "winograd2"
+    assert cheapest(node, TARGET, 0.5) == "direct"
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "algorithm"),
+    [(64, 56, "winograd4"), (128, 28, "winograd4"), (256, 14, "winograd4"), (512, 28, "winograd4"),
+     (64, 7, "direct"), (512, 7, "winograd2"), (512, 3, "direct"), (512, 1, "direct"), (8, 56, "direct")],
+)  # fmt: skip
+def test_the_size_decides(channels, size, algorithm):
+    w = constant(np.zeros((channels, channels, 3, 3), np.float32))
+    assert cheapest(conv(image(1, channels, size, size), w, pad=1).node, TARGET, 64.0) == algorithm
+
+
+def test_only_what_winograd_takes(rng):
+    x, w = image(1, 32, 28, 28), weights(rng, 32, 32, 3, 3)
+    infinite = constant(np.full((32, 32, 3, 3), np.inf, np.float32))
+    at_run_time = graph_input("w", (32, 32, 3, 3))
+    plain = Conv((1, 1), (1, 1, 1, 1), (1, 1))
+    refused = [
+        conv(x, w, stride=2),
+        conv(x, weights(rng, 32, 1, 3, 3), groups=32),
+        conv(x, weights(rng, 32, 32, 5, 5)),
+        call(replace(plain, dilation=(2, 2)), x, w),
+        call(plain, x, at_run_time),
+        call(plain, x, infinite),
+        conv(image(1, 32, 28), weights(rng, 32, 32, 3)),
+    ]
+    assert [cheapest(v.node, TARGET, 64.0) for v in refused] == ["direct"] * len(refused)
+    assert cheapest(call(plain, x, w).node, TARGET, 64.0) == "winograd4"

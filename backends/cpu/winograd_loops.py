@@ -1,0 +1,358 @@
+"""The loop nest of a Winograd convolution (see winograd.py for the method)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from tvm import tirx
+
+from cnnc.backends.cpu import loops
+from cnnc.backends.cpu.body import Body
+from cnnc.backends.cpu.machine import Machine
+from cnnc.backends.cpu.segments import even_split
+from cnnc.backends.cpu.winograd_shape import WinogradParams, WinogradShape
+from cnnc.ops.winograd import transform
+
+__all__ = ["WinogradLoops"]
+
+UNROLL = 2
+"""Input channels for each turn of the innermost loop."""
+
+
+class WinogradLoops:
+    """Writes the loop nest of one convolution."""
+
+    def __init__(self, shape: WinogradShape, params: WinogradParams, machine: Machine, body: Body) -> None:
+        self.t = loops
+        self.shape = shape
+        self.params = params
+        self.machine = machine
+        self.body = body.bind(shape.conv.output_shape)
+        self.x, self.weight = self.body.operands[:2]
+        self.y = self.body.output()
+        block = shape.conv.block
+        size = shape.size
+        self.data = loops.buffer("data", (size * size, shape.data_rows(params.tiles), block))
+        self.products = loops.buffer("products", (params.group, params.tiles, size * size, block))
+        self.patch = loops.buffer("patch", (size * size, block), scope="local")
+        self.half = loops.buffer("half", (size * size, block), scope="local")
+        self.result = loops.buffer("result", (shape.tile * shape.tile, block), scope="local")
+
+    def function(self) -> Any:
+        """Make the PrimFunc."""
+        oc_slices = self.params.oc_slices
+        chunks = -(-self.shape.tiles // self.params.tiles)
+        body = self.t.parallel(chunks * oc_slices, lambda index: self._slice(index // oc_slices, index % oc_slices))
+        return self.t.function([*self.body.inputs, self.y], body)
+
+    def _slice(self, chunk: Any, oc_slice: Any) -> Any:
+        """Transform a chunk of tiles, then compute a part of the output channels, a group of blocks at a time."""
+        t, params = self.t, self.params
+        first = chunk * params.tiles
+        exact = self.shape.tiles % params.tiles == 0
+        tiles: Any = params.tiles if exact else tirx.min(t.const(params.tiles), self.shape.tiles - first)
+        groups = self.shape.conv.oc_blocks // (params.group * params.oc_slices)
+
+        def group(index: Any) -> Any:
+            oc = (oc_slice * groups + index) * params.group
+            return t.sequence(self._products(oc, tiles), self._outputs(oc, first, tiles))
+
+        buffers = (self.data, self.products, self.patch, self.half, self.result)
+        return t.sequence(
+            *(t.alloc(buffer) for buffer in buffers),
+            self._inputs(first, tiles),
+            t.loop(groups, group, "oc_group"),
+        )
+
+    def _place(self, tile: Any) -> tuple[Any, Any, Any]:
+        """Give the image, the tile row and the tile column of a tile."""
+        across, per_image = self.shape.columns, self.shape.rows * self.shape.columns
+        return tile // per_image, tile % per_image // across, tile % across
+
+    # B' x B
+
+    def _inputs(self, first: Any, tiles: Any) -> Any:
+        """Transform the input tiles of a chunk; the rest of its last register tile repeats the last."""
+        t, shape = self.t, self.shape
+
+        def one(channel: Any, number: Any) -> Any:
+            last = tirx.min(first + number, t.const(shape.tiles - 1))
+            image, tile_row, tile_column = self._place(last)
+            row, column = tile_row * shape.tile - shape.conv.pad[0], tile_column * shape.tile - shape.conv.pad[1]
+            at = (image, channel)
+            into = channel * self.params.tiles + number
+
+            def from_input(r: int, s: Any) -> Any:
+                return t.load(self.x, *at, row + r, column + s, 0, lanes=shape.conv.block)
+
+            def from_patch(r: int, s: Any) -> Any:
+                return t.load(self.patch, r * shape.size + s, 0, lanes=shape.conv.block)
+
+            inside = tirx.all(
+                row >= 0, column >= 0, row + shape.size <= shape.conv.h, column + shape.size <= shape.conv.w
+            )
+            border = t.sequence(self._gather(at, row, column), self._transform_input(from_patch, into))
+            if not shape.has_inner_tiles:
+                return border
+            return t.when(inside, self._transform_input(from_input, into), border)
+
+        return t.loop(shape.conv.ic_blocks, lambda c: t.loop(self._covered(tiles), lambda i: one(c, i), "tile"), "ic")
+
+    def _covered(self, tiles: Any) -> Any:
+        """Give how many tiles the register tiles that hold `tiles` cover."""
+        if isinstance(tiles, int):
+            return tiles
+        covered, start = self.t.const(0), 0
+        for pixels, count in self._segments():
+            covered = covered + self._needed(tiles, start, pixels, count) * pixels
+            start += pixels * count
+        return covered
+
+    def _segments(self) -> list[tuple[int, int]]:
+        return even_split(self.params.tiles, self.params.pixels)
+
+    def _needed(self, tiles: Any, start: int, pixels: int, count: int) -> Any:
+        """Give how many of `count` register tiles of `pixels`, the first at `start`, hold any of the tiles."""
+        if isinstance(tiles, int):
+            return count
+        needed = (tiles - start + (pixels - 1)) // pixels
+        return tirx.max(self.t.const(0), tirx.min(needed, self.t.const(count)))
+
+    def _gather(self, at: tuple[Any, Any], row: Any, column: Any) -> Any:
+        """Copy a tile that overlaps the padding, with zeros there."""
+        t, shape = self.t, self.shape
+        size, block = shape.size, shape.conv.block
+        zero = tirx.Broadcast(tirx.const(0.0, "float32"), block)
+
+        def range_of(start: Any, extent: int) -> tuple[Any, Any]:
+            first = tirx.max(t.const(0), -start)
+            return first, tirx.max(tirx.min(t.const(size), extent - start) - first, t.const(0))
+
+        top, height = range_of(row, shape.conv.h)
+        left, width = range_of(column, shape.conv.w)
+
+        def copy(r: Any, s: Any) -> Any:
+            value = t.load(self.x, *at, row + r, column + s, 0, lanes=block)
+            return t.store(self.patch, value, r * size + s, 0, lanes=block)
+
+        return t.sequence(
+            t.loop(size * size, lambda i: t.store(self.patch, zero, i, 0, lanes=block), "position"),
+            t.loop(height, lambda r: t.loop(width, lambda s: copy(r, s), "s", left), "r", top),
+        )
+
+    def _transform_input(self, read: Any, into: Any) -> Any:
+        """Write B' x B of one tile, its columns first, then its rows."""
+        t, size, block = self.t, self.shape.size, self.shape.conv.block
+        matrix = transform(self.shape.tile).data
+
+        def column(s: Any) -> Any:
+            values = [read(r, s) for r in range(size)]
+            return t.sequence(
+                *(
+                    t.store(self.half, _by_parity(row, values), a * size + s, 0, lanes=block)
+                    for a, row in enumerate(matrix)
+                )
+            )
+
+        def row(a: Any) -> Any:
+            values = [t.load(self.half, a * size + s, 0, lanes=block) for s in range(size)]
+            return t.sequence(
+                *(
+                    t.store(self.data, _by_parity(row, values), a * size + b, into, 0, lanes=block)
+                    for b, row in enumerate(matrix)
+                )
+            )
+
+        return t.sequence(t.loop(size, column, "s"), t.loop(size, row, "a"))
+
+    # The products, one matrix product for each position in a tile
+
+    def _products(self, oc: Any, tiles: Any) -> Any:
+        """Multiply, position by position, the transformed tiles by the weights of a group of output channels."""
+        t, size = self.t, self.shape.size
+
+        def position(a: Any, b: Any) -> Any:
+            statements, start = [], 0
+            for pixels, count in self._segments():
+                statements.append(self._parts(oc, (a, b), start, pixels, self._needed(tiles, start, pixels, count)))
+                start += pixels * count
+            return t.sequence(*statements)
+
+        return t.loop(size, lambda a: t.loop(size, lambda b: position(a, b), "b"), "a")
+
+    def _parts(self, oc: Any, position: tuple[Any, Any], start: int, pixels: int, count: Any) -> Any:
+        """Run over the register tiles: vectors outside, so that their weights stay near while tiles pass."""
+        t = self.t
+        statements, first = [], 0
+        for vectors, parts in self.machine.vector_parts(pixels, self.params.group):
+
+            def part(index: Any, first: int = first, vectors: int = vectors) -> Any:
+                block = first + index * vectors
+                return t.loop(
+                    count,
+                    lambda i: self._register_tile(oc, block, position, start + i * pixels, pixels, vectors),
+                    "tile",
+                )
+
+            statements.append(t.loop(parts, part, "part"))
+            first += vectors * parts
+        return t.sequence(*statements)
+
+    def _register_tile(
+        self, oc: Any, first: Any, position: tuple[Any, Any], tile: Any, pixels: int, vectors: int
+    ) -> Any:
+        t, shape = self.t, self.shape
+        block, size = shape.conv.block, shape.size
+        a, b = position
+        sums = t.buffer("sums", (vectors, pixels, block), scope="local")
+        zero = tirx.Broadcast(tirx.const(0.0, "float32"), block)
+
+        def each(body: Any) -> Any:
+            return t.unrolled(vectors, lambda v: t.unrolled(pixels, lambda p: body(v, p), "p"), "v")
+
+        def reduce(channel: Any, k: Any) -> Any:
+            def one(p: Any, v: Any) -> Any:
+                value = t.load(self.data, a * size + b, channel * self.params.tiles + tile + p, k)
+                weight = t.load(self.weight, a, b, oc + first + v, channel, k, 0, lanes=block)
+                total = t.load(sums, v, p, 0, lanes=block) + tirx.Broadcast(value, block) * weight
+                return t.store(sums, total, v, p, 0, lanes=block)
+
+            # The innermost loop runs over the smaller side, whose operands stay in registers.
+            if vectors > pixels:
+                return t.unrolled(vectors, lambda v: t.unrolled(pixels, lambda p: one(p, v), "p"), "v")
+            return t.unrolled(pixels, lambda p: t.unrolled(vectors, lambda v: one(p, v), "v"), "p")
+
+        step = math.gcd(block, UNROLL)
+
+        def ahead(channel: Any, k: Any) -> Any:
+            """Ask for the weights of the next vectors: hardware does so up to the end of a page only."""
+            return t.unrolled(
+                vectors, lambda v: t.prefetch(self.weight, a, b, oc + first + vectors + v, channel, k, 0), "v"
+            )
+
+        def channels(channel: Any) -> Any:
+            def terms(k: Any) -> Any:
+                return t.sequence(ahead(channel, k), t.unrolled(step, lambda u: reduce(channel, k + u), "u"))
+
+            return t.loop(block // step, lambda k: terms(k * step), "k")
+
+        def finish(v: Any, p: Any) -> Any:
+            total = t.load(sums, v, p, 0, lanes=block)
+            return t.store(self.products, total, first + v, tile + p, a * size + b, 0, lanes=block)
+
+        return t.sequence(
+            t.alloc(sums),
+            each(lambda v, p: t.store(sums, zero, v, p, 0, lanes=block)),
+            t.loop(shape.conv.ic_blocks, channels, "channel"),
+            each(finish),
+        )
+
+    # A' m A, and what follows the convolution
+
+    def _outputs(self, oc: Any, first: Any, tiles: Any) -> Any:
+        """Transform the products of a group back, and store what lies inside the output."""
+        t, shape = self.t, self.shape
+
+        def one(v: Any, number: Any) -> Any:
+            image, tile_row, tile_column = self._place(first + number)
+            row, column = tile_row * shape.tile, tile_column * shape.tile
+            return t.sequence(
+                self._transform_products(v, number),
+                t.loop(
+                    self._inside(row, shape.conv.oh),
+                    lambda i: t.loop(
+                        self._inside(column, shape.conv.ow),
+                        lambda j: self._store(i * shape.tile + j, (image, oc + v, row + i, column + j)),
+                        "j",
+                    ),
+                    "i",
+                ),
+            )
+
+        return t.loop(self.params.group, lambda v: t.loop(tiles, lambda i: one(v, i), "tile"), "v")
+
+    def _inside(self, start: Any, extent: int) -> Any:
+        """Give how many of a tile's rows or columns from `start` on lie inside the output."""
+        tile = self.shape.tile
+        return tile if extent % tile == 0 else tirx.min(self.t.const(tile), extent - start)
+
+    def _transform_products(self, v: Any, number: Any) -> Any:
+        """Write A' m A of one tile and one block of channels, the columns first, then the rows."""
+        t, size, tile, block = self.t, self.shape.size, self.shape.tile, self.shape.conv.block
+        matrix = transform(tile).output
+
+        def column(b: Any) -> Any:
+            values = [t.load(self.products, v, number, a * size + b, 0, lanes=block) for a in range(size)]
+            return t.sequence(
+                *(
+                    t.store(self.half, _by_pairs(row, values), i * size + b, 0, lanes=block)
+                    for i, row in enumerate(matrix)
+                )
+            )
+
+        def row(i: Any) -> Any:
+            values = [t.load(self.half, i * size + b, 0, lanes=block) for b in range(size)]
+            return t.sequence(
+                *(
+                    t.store(self.result, _by_pairs(row, values), i * tile + j, 0, lanes=block)
+                    for j, row in enumerate(matrix)
+                )
+            )
+
+        return t.sequence(t.loop(size, column, "b"), t.loop(tile, row, "i"))
+
+    def _store(self, position: Any, at: tuple[Any, Any, Any, Any]) -> Any:
+        """Store one pixel of a block of channels, the epilogue applied; pad lanes are 0."""
+        conv = self.shape.conv
+
+        def lane(c: Any) -> Any:
+            value = self.body.value(self.t.load(self.result, position, c), (*at, c))
+            if conv.oc % conv.block:
+                value = tirx.Select(at[1] * conv.block + c < conv.oc, value, tirx.const(0, self.y.dtype))
+            return self.t.store(self.y, value, *at, c)
+
+        return self.t.vectorized(conv.block, lane)
+
+
+def _scaled(value: Any, factor: Fraction) -> Any:
+    if factor == 1:
+        return value
+    return value * tirx.Broadcast(tirx.const(float(factor), "float32"), value.ty.dtype.lanes)
+
+
+def _sum(terms: Sequence[Any]) -> Any:
+    """Add up terms, at least one."""
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _by_parity(row: Sequence[Fraction], values: Sequence[Any]) -> Any:
+    """Write row @ values as even part + odd part.
+
+    Rows of opposite points differ in the sign between the parts only, so that LLVM computes those once.
+    """
+    even = [_scaled(v, c) for c, v in list(zip(row, values, strict=True))[0::2] if c]
+    odd = [(v, c) for c, v in list(zip(row, values, strict=True))[1::2] if c]
+    if not odd or not even:
+        return _sum(even or [_scaled(v, c) for v, c in odd])
+    negative = odd[0][1] < 0
+    part = _sum([_scaled(v, -c if negative else c) for v, c in odd])
+    return _sum(even) - part if negative else _sum(even) + part
+
+
+def _by_pairs(row: Sequence[Fraction], values: Sequence[Any]) -> Any:
+    """Write row @ values with the values of opposite points added or subtracted first, which all rows share."""
+    terms = []
+    left = [(c, v) for c, v in zip(row, values, strict=True) if c]
+    while left:
+        c, v = left.pop(0)
+        if left and abs(left[0][0]) == abs(c):
+            other, w = left.pop(0)
+            v = v + w if other == c else v - w
+        terms.append(_scaled(v, c))
+    return _sum(terms)
