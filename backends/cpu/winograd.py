@@ -67,27 +67,26 @@ def cost(shape: WinogradShape, params: WinogradParams, machine: Machine) -> floa
     blocks = conv.oc_blocks // params.oc_slices
     chunks = -(-shape.tiles // params.tiles)
     slices = chunks * params.oc_slices
-    products = blocks // params.group * positions * _group_cycles(params, channels, machine)
+    groups = blocks // params.group
+    products = groups * positions * _group_cycles(params, channels, machine)
     transforms = positions * params.tiles * (INPUT_CYCLES * conv.ic_blocks + OUTPUT_CYCLES * blocks)
     compute = products + transforms
 
     weights = 4.0 * positions * channels * blocks * conv.block
     data = 4.0 * positions * channels * params.tiles
     sums = 4.0 * positions * params.tiles * params.group * conv.block
-    image = 4.0 * shape.tile**2 * params.tiles * (channels + blocks * conv.block)
-    tile_bytes = 4.0 * channels * (params.pixels + 2 * conv.block)
-    near = products * min(tile_bytes / machine.l1, 1.0) * NEAR_SHARE + weights / machine.l2_bytes
-    far = image
+    near = (weights + data * groups) / machine.l2_bytes
+    far = 4.0 * shape.tile**2 * params.tiles * (channels + blocks * conv.block)
     if weights + data + sums > 0.8 * machine.l2:
         far += weights
     if data + sums > 0.8 * machine.l2:
-        far += data * (1 + blocks // params.group)
+        far += data * (1 + groups)
     far /= machine.memory_bytes
-    # Only a part of what streams is hidden: each weight serves but the tiles of one chunk.
-    one = max(compute + near, far) + 0.5 * far + SLICE_CYCLES
+    one = max(compute, far) + EXPOSED * (near + far) + SLICE_CYCLES
     waves = -(-slices // machine.threads)
+    # Among equals, prefer what would still divide among more threads than expected.
     uneven = -(-slices // MANY_THREADS) * MANY_THREADS / slices
-    return one * waves * (1.0 + 0.01 * uneven) / machine.hertz
+    return one * waves * (1.0 + 0.02 * uneven) / machine.hertz
 
 
 INPUT_CYCLES = 7.0
@@ -96,14 +95,13 @@ INPUT_CYCLES = 7.0
 OUTPUT_CYCLES = 4.0
 """Cycles to transform a vector of sums back and store it."""
 
-NEAR_SHARE = 0.1
-"""What tiles that come from L2 rather than L1 add to the arithmetic."""
+EXPOSED = 0.5
+"""The share of the traffic from L2 and memory that arithmetic does not hide: a weight serves but a chunk of tiles."""
 
 SLICE_CYCLES = 200.0
 """What starting a slice costs."""
 
 MANY_THREADS = 8
-"""Among equals, what would still divide among so many threads is preferred."""
 
 
 @lru_cache(4096)
