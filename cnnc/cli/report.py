@@ -14,6 +14,9 @@ from rich.text import Text
 SCHEMA = 1
 """The version of every JSON report; a field that changes its meaning raises it."""
 
+_WIDEST = 10_000
+"""Columns; where stdout is no terminal a table takes as many as it needs."""
+
 
 def print_json(kind: str, content: dict[str, Any]) -> None:
     """Print one JSON document on stdout."""
@@ -32,7 +35,7 @@ def print_table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[S
         table.add_row(*(Text(str(cell)) for cell in row))
     console = Console()
     if not console.is_terminal:
-        console = Console(width=max(110, console.measure(table).maximum + 1))
+        console = Console(width=Console(width=_WIDEST).measure(table).maximum)
     console.print(table)
 
 
