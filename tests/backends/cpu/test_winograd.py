@@ -220,7 +220,7 @@ def network(rng: np.random.Generator) -> Graph:
         bias = rng.standard_normal(channels).astype(np.float32)
         return call(Conv((1, 1), pad, (1, 1)), x, constant(w), constant(bias))
 
-    x = graph_input("x", (2, 24, 21, 18))
+    x = graph_input("x", (2, 24, 41, 38))
     y = call(Relu(), layer(x, 40, (1, 1, 1, 1)))
     y = call(Relu(), call(Add(), layer(y, 40, (1, 1, 1, 1)), y))
     y = call(MaxPool((2, 2), (2, 2), (0, 0, 0, 0), (1, 1)), y)
@@ -233,7 +233,7 @@ def test_networks_equal_the_interpreter(rng: np.random.Generator, exact: bool) -
     import cnnc
 
     graph = network(rng)
-    x = rng.standard_normal((2, 24, 21, 18)).astype(np.float32)
+    x = rng.standard_normal((2, 24, 41, 38)).astype(np.float32)
     wanted = evaluate(graph, {"x": x}, precise=True)["z"]
     module = cnnc.compile(graph, exact=exact, cache=False)
     got = module.run({"x": x})["z"]
