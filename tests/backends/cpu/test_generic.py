@@ -20,7 +20,7 @@ from cnnc.ir.interp import run as interpret
 from cnnc.ir.layout import Layout
 from cnnc.ir.op import OPERATORS, Op, as_tuple
 from cnnc.ir.types import DType, TensorType
-from cnnc.ops import binary, concat, norm, reduce, softmax, unary
+from cnnc.ops import binary, concat, dense, norm, reduce, softmax, unary
 from cnnc.ops.fused import Fused
 from cnnc.ops.source import Input, constant
 from cnnc.target import Target
@@ -53,6 +53,19 @@ def test_every_example_of_every_operator(name: str, tmp_path: Path) -> None:
         results = run_fused(library, kernel, fused, arrays)
         for result, wanted in zip(results, as_tuple(example.op.reference(*arrays)), strict=True):
             assert_close(result, wanted)
+
+
+@pytest.mark.parametrize("sum_of", [5, 6, 7, 9])
+def test_sums_that_llvm_may_not_vectorise(sum_of: int, tmp_path: Path) -> None:
+    """LLVM 22 makes invalid code of the sum of seven for this CPU, at its highest level."""
+    target = Target.parse("cpu:x86-64-v2")
+    fused = fused_op(dense.MatMul(), (TensorType((1, 1, 7, sum_of)), TensorType((1, 1, sum_of, 1))))
+    (chosen,) = TEMPLATE.space(fused, target)
+    kernel = compile_kernel(TEMPLATE.build(fused, chosen, target), "kernel", target)
+    rng = np.random.default_rng(sum_of)
+    arrays = [rng.standard_normal(v.type.static_shape, np.float32) for v in fused.body.inputs]
+    (result,) = run_fused(link([kernel], tmp_path), kernel, fused, arrays)
+    assert_close(result, arrays[0] @ arrays[1])
 
 
 Network = Callable[..., Sequence[Value]]

@@ -278,6 +278,14 @@ def test_floats_are_no_real_numbers(rule: str, dtype: type, tmp_path: Path) -> N
     np.testing.assert_array_equal(np.signbit(y[~np.isnan(y)]), np.signbit(expected[~np.isnan(y)]))
 
 
+def test_a_weight_that_turns_out_to_be_zero_still_meets_nan(tmp_path: Path) -> None:
+    def describe(te: Vocabulary, x: Tensor) -> Tensor:
+        return te.compute(x.shape, lambda i: x[i] * te.cast(i * 2 % 2, DType.F32), "y")
+
+    wanted = np.where(np.isfinite(TRICKY), 0, np.float32(NAN))
+    np.testing.assert_array_equal(evaluate(tmp_path, describe, TRICKY), wanted)
+
+
 def test_a_read_inside_a_guard_is_guarded_outside_too(tmp_path: Path) -> None:
     """Nested choices must not become selections: one of them alone does not keep a read inside its tensor."""
     te = Vocabulary()
