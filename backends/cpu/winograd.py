@@ -95,7 +95,7 @@ INPUT_CYCLES = 7.0
 OUTPUT_CYCLES = 4.0
 """Cycles to transform a vector of sums back and store it."""
 
-EXPOSED = 0.5
+EXPOSED = 0.25
 """The share of the traffic from L2 and memory that arithmetic does not hide: a weight serves but a chunk of tiles."""
 
 SLICE_CYCLES = 200.0
