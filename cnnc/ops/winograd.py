@@ -24,7 +24,7 @@ from cnnc.ir.op import Example, Kind, Op
 from cnnc.ir.types import DType, TensorType
 from cnnc.ops.blocked import plain_only
 from cnnc.ops.broadcast import working_dtype
-from cnnc.ops.numeric import cast_to, check_floats, narrow
+from cnnc.ops.numeric import cast_to, check_floats
 
 KERNEL = 3
 """The kernels are 3x3."""
@@ -137,6 +137,10 @@ def _combined(te: Any, matrix: Sequence[Sequence[float]], row: Any, values: Sequ
     return chosen
 
 
+_ROWS = 4096
+"""Kernels transformed at a time."""
+
+
 @dataclass(frozen=True)
 class WinogradWeight(Op):
     """Transform the weight of a 3x3 convolution for output tiles of `tile` x `tile`.
@@ -165,9 +169,15 @@ class WinogradWeight(Op):
         return (None,)
 
     def reference(self, w: np.ndarray) -> np.ndarray:
-        """Multiply by G from both sides."""
+        """Multiply by G from both sides: one product with the Kronecker square of G, in pieces that stay in cache."""
         g = weight_matrix(self.tile)
-        return narrow(np.einsum("ar,oirs,bs->oiab", g, w.astype(np.float64), g, optimize=True), w)
+        both = np.kron(g, g).T
+        kernels = w.reshape(-1, KERNEL * KERNEL)
+        u = np.empty((len(kernels), both.shape[1]), w.dtype)
+        for start in range(0, len(kernels), _ROWS):
+            rows = slice(start, start + _ROWS)
+            u[rows] = kernels[rows].astype(np.float64) @ both
+        return u.reshape(*w.shape[:2], len(g), len(g))
 
     def compute(self, te: Any, xs: Sequence[Any], types: Sequence[TensorType]) -> Sequence[Any]:
         """Transform the rows, then the columns."""
