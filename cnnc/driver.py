@@ -145,7 +145,8 @@ def load(path: str | os.PathLike[str], *, threads: int = 1) -> Module:
     """Load a binary made by `Module.save`; raises `CheckFailed` for a damaged file or a CPU that lacks a feature."""
     from cnnc.artifact import open_checked
 
-    return Module(open_checked(Path(path)), threads=threads)
+    model = open_checked(Path(path))
+    return Module(lambda: model, threads=threads)
 
 
 def load_graph(source: Source, options: Options | None = None) -> Graph:
@@ -186,7 +187,7 @@ def _build(graph: Graph, lowered: Lowered, options: Options, report: Report, pro
     report.kernels_compiled = built.compiled
     report.arena_bytes = built.program.arena_bytes
     report.weight_bytes = built.program.weight_bytes
-    return Module(JitModel(built.program, built.objects), threads=options.threads, build=built)
+    return Module(lambda: JitModel(built.program, built.objects), threads=options.threads, build=built)
 
 
 def _import(source: Source, options: Options) -> Graph:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,26 +42,31 @@ class Module:
     each gets a context of its own.  numpy arrays go in without a copy where they are 64-byte aligned.
     """
 
-    def __init__(self, model: LoadedModel, *, threads: int = 1, build: Build | None = None) -> None:
-        self._model = model
+    def __init__(self, load: Callable[[], LoadedModel], *, threads: int = 1, build: Build | None = None) -> None:
+        self._load = cache(load)
         self._build = build
         self._contexts = threading.local()
         self.threads = threads
 
     @property
+    def _model(self) -> LoadedModel:
+        """The code in memory; loaded when first needed, which a compile that only writes a file never does."""
+        return self._load()
+
+    @property
     def inputs(self) -> Sequence[Port]:
         """The inputs: name, dtype, shape."""
-        return self._model.inputs
+        return (self._build.program if self._build else self._model).inputs
 
     @property
     def outputs(self) -> Sequence[Port]:
         """The outputs: name, dtype, shape."""
-        return self._model.outputs
+        return (self._build.program if self._build else self._model).outputs
 
     @property
     def meta(self) -> dict[str, Any]:
         """What the binary says of itself: versions, target, options, hash of the model."""
-        found: dict[str, Any] = json.loads(self._model.meta or "{}")
+        found: dict[str, Any] = json.loads((self._build.program if self._build else self._model).meta or "{}")
         return found
 
     @property
@@ -75,7 +81,7 @@ class Module:
 
     def __repr__(self) -> str:
         ports = ", ".join(f"{p.name}: {p.dtype}{list(p.shape)}" for p in (*self.inputs, *self.outputs))
-        return f"<compiled network, {len(self.kernels)} kernels, {ports}>"
+        return f"<compiled network: {ports}>"
 
     def __call__(self, *arrays: np.ndarray) -> Any:
         """Run on inputs in order; gives the output, or a tuple of outputs."""
@@ -97,7 +103,7 @@ class Module:
 
     def with_threads(self, threads: int) -> Module:
         """Give the same network run by another number of threads (weights are shared)."""
-        return Module(self._model, threads=threads, build=self._build)
+        return Module(self._load, threads=threads, build=self._build)
 
     def profile(self, feeds: Mapping[str, np.ndarray], repeats: int = 20) -> list[KernelTiming]:
         """Run `repeats` times with the kernels' clocks on and give the mean time of each kernel call."""
