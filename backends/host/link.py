@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cnnc.backends.host.driver import TABLE_SYMBOL, emit_driver, exported_symbols
+from cnnc.backends.host.elf_data import write_data_object
 from cnnc.backends.host.program import Program
 from cnnc.backends.host.publish import published
 from cnnc.backends.host.toolchain import compiler, run_tool, runtime_objects, tool
@@ -31,20 +32,6 @@ _LIBRARIES = ("-lm", "-lpthread")
 # The last 56 bytes of a binary: a mark, the size before it, and the SHA-256 of everything before it.
 _TRAILER = struct.Struct("<16sQ32s")
 _MARK = b"cnnc-sha256-v1\0\0"
-
-# `.incbin` takes the weights as they are; page-aligned and read only, so they are mapped and shared, never copied.
-_WEIGHTS_SOURCE = """\
-    .section .cnnc_weights, "a", @progbits
-    .balign 4096
-    .globl cnnc_rt_weights
-    .hidden cnnc_rt_weights
-    .type cnnc_rt_weights, @object
-    .size cnnc_rt_weights, {size}
-cnnc_rt_weights:
-    .incbin "weights.bin"
-    .balign 64
-    .section .note.GNU-stack, "", @progbits
-"""
 
 
 def build_shared(program: Program, objects: Sequence[bytes], path: str | os.PathLike[str]) -> None:
@@ -107,11 +94,8 @@ def _collect(folder: Path, program: Program, objects: Sequence[bytes], runtime: 
             names.append(f"part{index:05}.o")
             (folder / names[-1]).write_bytes(data)
         if program.weight_bytes:
-            (folder / "weights.bin").write_bytes(program.weights)
-            (folder / "weights.s").write_text(_WEIGHTS_SOURCE.format(size=program.weight_bytes))
-            run_tool([*compiler(), "-c", "weights.s", "-o", "weights.o"], folder)
-            (folder / "weights.bin").unlink()
             names.append("weights.o")
+            write_data_object(folder / names[-1], "cnnc_rt_weights", ".cnnc_weights", program.weights)
     except OSError as error:
         raise EnvironmentProblem(f"cannot write to {folder.parent}: {error.strerror}") from error
     return names
