@@ -436,6 +436,8 @@ def _pad(b: Builder) -> str:
     x = b.pick()
     rank = len(b.shapes[x])
     mode = b.choose(("constant", "constant", "constant", "reflect", "edge"))
+    if mode == "reflect" and min(b.shapes[x][2:], default=1) < 3:
+        raise Misfit
     fixed = 0 if mode == "constant" and b.chance(0.2) else 2
     pads = [b.between(0, 2) if axis >= fixed else 0 for axis in [*range(rank)] * 2]
     value = [b.constant(b.choose((0.0, 0.0, 1.5, -2.0)))] if mode == "constant" else []

@@ -145,6 +145,7 @@ def _lower(job: KernelJob, target: CpuTarget) -> tuple[Any, Abi]:
     from tvm import s_tir, tirx
 
     from cnnc.backends.cpu.c_abi import Abi, c_function
+    from cnnc.backends.cpu.flatten import flatten_buffers
     from cnnc.backends.cpu.temporaries import bind_lets
     from cnnc.backends.lower import vector_math
 
@@ -154,6 +155,9 @@ def _lower(job: KernelJob, target: CpuTarget) -> tuple[Any, Abi]:
     def to_c_function(mod: Any, _ctx: Any) -> Any:
         functions = {var: c_function(func, job.symbol, job.noalias, abi) for var, func in mod.functions.items()}
         return tvm.IRModule(functions)
+
+    def flat(mod: Any, _ctx: Any) -> Any:
+        return flatten_buffers(mod)
 
     def without_lets(mod: Any, _ctx: Any) -> Any:
         return tvm.IRModule({var: bind_lets(func) for var, func in mod.functions.items()})
@@ -169,7 +173,7 @@ def _lower(job: KernelJob, target: CpuTarget) -> tuple[Any, Abi]:
         schedule.StmtSimplify(),
         schedule.AnnotateIrregularLoop(),
         schedule.LowerOpaqueBlock(),
-        loops.FlattenBuffer(),
+        tvm.transform.module_pass(flat, opt_level=0, name="cnnc.FlattenBuffers"),
         loops.BF16ComputeLegalize(),
         loops.NarrowDataType(32),
         schedule.LoopPartition(),
