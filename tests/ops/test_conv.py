@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from cnnc.errors import CnncError, ModelError, ShapeError, UnsupportedError
 from cnnc.ir.build import infer_types
@@ -13,6 +12,8 @@ from cnnc.ir.types import Dim, DType, TensorType
 from cnnc.ops.conv import Conv
 from tests.ops.kernels import run_compute
 from tests.ops.onnx_nodes import assert_agrees, imported, one_node
+
+torch = pytest.importorskip("torch")
 
 _TORCH = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from cnnc.errors import CnncError, ModelError, ShapeError, UnsupportedError
 from cnnc.ir.build import infer_types
@@ -12,6 +11,8 @@ from cnnc.ir.types import TensorType
 from cnnc.ops.conv_transpose import ConvTranspose
 from tests.ops.kernels import run_compute
 from tests.ops.onnx_nodes import assert_agrees, imported, one_node
+
+torch = pytest.importorskip("torch")
 
 _TORCH = {
     1: torch.nn.functional.conv_transpose1d,

@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from onnx.reference import ReferenceEvaluator
-from torch.nn import functional
 
 from cnnc.errors import CnncError, ModelError, ShapeError, UnsupportedError
 from cnnc.ir.build import infer_types
@@ -21,6 +19,9 @@ from cnnc.ir.types import DType, TensorType
 from cnnc.ops.norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, LpNormalize, RmsNorm
 from cnnc.ops.source import graph_input
 from tests.ops.onnx_nodes import assert_agrees, imported, one_node, ours
+
+torch = pytest.importorskip("torch")
+functional = torch.nn.functional
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from cnnc.errors import CnncError, ModelError, ShapeError, UnsupportedError
 from cnnc.ir.build import infer_types
@@ -14,6 +13,8 @@ from cnnc.ir.layout import Layout
 from cnnc.ir.types import Dim, DType, TensorType
 from cnnc.ops.pool import AveragePool, MaxPool, MinPool
 from tests.ops.onnx_nodes import assert_agrees, imported, one_node
+
+torch = pytest.importorskip("torch")
 
 
 def random_window(rng: np.random.Generator, rank: int, dilated: bool) -> tuple[dict[str, Any], tuple[int, ...]]:

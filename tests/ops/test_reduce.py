@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from cnnc.errors import ModelError, ShapeError, UnsupportedError
 from cnnc.ir.build import infer_types
@@ -17,6 +16,8 @@ from cnnc.ops import reduce as reductions
 from cnnc.ops.scan import ArgMax, ArgMin, CumSum
 from tests.ops.kernels import run_compute
 from tests.ops.onnx_nodes import assert_agrees, imported, one_node, ours
+
+torch = pytest.importorskip("torch")
 
 RNG = np.random.default_rng(20240504)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from onnx.reference import ReferenceEvaluator
 
 from cnnc.errors import CnncError, LimitError, ModelError, ShapeError, UnsupportedError
@@ -17,6 +16,8 @@ from cnnc.ops.resize import Resize
 from cnnc.ops.resize.coordinate import exact_scale
 from cnnc.ops.resize.operator import COORDINATE_MODES, NEAREST_MODES
 from tests.ops.onnx_nodes import assert_agrees, imported, one_node, ours
+
+torch = pytest.importorskip("torch")
 
 EMPTY = np.zeros(0, np.float32)
 

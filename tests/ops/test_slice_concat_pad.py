@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from cnnc.errors import ModelError, ShapeError
 from cnnc.ir.build import infer_types
@@ -18,6 +17,8 @@ from cnnc.ops.slice import Slice, slice_axes
 from cnnc.ops.source import graph_input
 from tests.ops.kernels import run_compute
 from tests.ops.onnx_nodes import assert_agrees, imported, one_node
+
+torch = pytest.importorskip("torch")
 
 RNG = np.random.default_rng(20240506)
 BLOCKED = Layout("NCHW4c")

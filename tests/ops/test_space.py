@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from cnnc.errors import ModelError, ShapeError
 from cnnc.ir.build import infer_types
 from cnnc.ir.types import TensorType
 from cnnc.ops.space import DepthToSpace, SpaceToDepth
 from tests.ops.onnx_nodes import assert_agrees, imported, one_node
+
+torch = pytest.importorskip("torch")
 
 
 @pytest.mark.parametrize("block", [1, 2, 3])

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch.nn import functional
 
 from cnnc.errors import ShapeError
 from cnnc.ir.build import infer_types
@@ -19,6 +17,9 @@ from cnnc.ir.types import DType, TensorType
 from cnnc.ops import unary
 from tests.ops.kernels import run_compute
 from tests.ops.onnx_nodes import assert_agrees, imported, one_node
+
+torch = pytest.importorskip("torch")
+functional = torch.nn.functional
 
 RNG = np.random.default_rng(20240501)
 
