@@ -181,7 +181,11 @@ def _auto_pad(node: ForeignNode, mode: str, spatial: Sequence[Size], window: Win
         if stride == 1:
             totals.append(max(reach - 1, 0))
         elif isinstance(size, int):
-            totals.append(max((-(-size // stride) - 1) * stride + reach - size, 0))
+            needed = (-(-size // stride) - 1) * stride + reach - size
+            if needed < -1:
+                # ONNX Runtime crops here or fails, depending on the operator; TensorFlow does not crop.
+                raise node.unsupported(f"auto_pad {mode} with stride {stride} so far above the window {reach}")
+            totals.append(max(needed, 0))
         else:
             raise node.unsupported(f"auto_pad {mode} with stride {stride} over size {size}, known only at run time")
     return split_padding(totals, more_at_end=mode == "SAME_UPPER")

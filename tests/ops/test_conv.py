@@ -149,6 +149,7 @@ def test_blocked_layouts() -> None:
         ({"kernel_shape": [5, 5]}, ModelError),
         ({"auto_pad": "SOMEHOW"}, ModelError),
         ({"auto_pad": "SAME_LOWER", "strides": [0, 0]}, ModelError),
+        ({"auto_pad": "SAME_UPPER", "strides": [8, 8]}, UnsupportedError),
         ({"group": 0}, ModelError),
         ({"dilations": [4, 4]}, ModelError),
     ],
