@@ -156,7 +156,7 @@ def test_blocked_layouts() -> None:
 )
 def test_reader_refuses(attributes: dict[str, object], error: type[CnncError]) -> None:
     x, w = np.zeros((1, 2, 8, 7), np.float32), np.zeros((3, 2, 3, 3), np.float32)
-    with pytest.raises(error, match="Conv 'the_node'"):
+    with pytest.raises(error, match="'the_node'"):
         imported(one_node("Conv", [x, w], constants=[1], **attributes))
 
 
