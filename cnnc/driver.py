@@ -9,6 +9,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -135,10 +136,13 @@ def compile(
     report = Report() if report is None else report
     with _phase(report, "import", progress):
         graph = load_graph(source, options)
-    with _phase(report, "optimise", progress):
-        lowered = lower(graph, options, report)
-    with _phase(report, "kernels", progress):
-        return _build(graph, lowered, options, report, progress)
+    # Hashing the weights takes as long as a pass, and gives up the interpreter lock meanwhile.
+    with ThreadPoolExecutor(1, "digest") as pool:
+        digest = pool.submit(_digest, graph)
+        with _phase(report, "optimise", progress):
+            lowered = lower(graph, options, report)
+        with _phase(report, "kernels", progress):
+            return _build(lowered, digest.result(), options, report, progress)
 
 
 def load(path: str | os.PathLike[str], *, threads: int = 1) -> Module:
@@ -170,7 +174,7 @@ def lower(graph: Graph, options: Options, report: Report) -> Lowered:
     return Lowered(lowered, plan, target)
 
 
-def _build(graph: Graph, lowered: Lowered, options: Options, report: Report, progress: Progress) -> Module:
+def _build(lowered: Lowered, digest: str, options: Options, report: Report, progress: Progress) -> Module:
     from cnnc.backends.cache import KernelCache, no_cache
     from cnnc.backends.cpu.build import build
     from cnnc.backends.host.library import JitModel
@@ -180,7 +184,7 @@ def _build(graph: Graph, lowered: Lowered, options: Options, report: Report, pro
         lowered.plan,
         lowered.target,
         kernel_cache=KernelCache() if options.cache else no_cache(),
-        meta=_meta(graph, options),
+        meta={"cnnc": cnnc.__version__, "options": options.effective(), "model": digest},
         progress=lambda done, total: progress("kernels", done, total),
     )
     report.kernels = len(built.objects)
@@ -251,12 +255,9 @@ def _refuse_open_sizes(graph: Graph) -> None:
             )
 
 
-def _meta(graph: Graph, options: Options) -> dict[str, object]:
-    return {
-        "cnnc": cnnc.__version__,
-        "options": options.effective(),
-        "model": hashlib.sha256(print_graph(graph).encode()).hexdigest(),
-    }
+def _digest(graph: Graph) -> str:
+    """Identify a model by its graph, weights included."""
+    return hashlib.sha256(print_graph(graph).encode()).hexdigest()
 
 
 @contextmanager

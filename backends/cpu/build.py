@@ -184,12 +184,13 @@ class WeightBlock:
     def data(self) -> memoryview:
         """Give the whole block, aligned, every constant packed in its layout."""
         block = aligned_empty((self._size,), "u8")
-        block[:] = 0
         for constant, offset in self._offsets.items():
             array = constant.value.array
             packed = array if constant.layout is None else constant.layout.pack(array)
             data = np.ascontiguousarray(packed).reshape(-1).view(np.uint8)
-            block[offset : offset + data.size] = data
+            end = offset + data.size
+            block[offset:end] = data
+            block[end : end + -data.size % ALIGNMENT] = 0
         return block.data.cast("B")
 
 
