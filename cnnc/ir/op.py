@@ -76,9 +76,6 @@ class Op:
     """
 
     kind: ClassVar[Kind] = Kind.OPAQUE
-    outputs: ClassVar[int] = 1
-    """The number of outputs; an operator whose attributes decide it overrides this by a property."""
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if not cls.__name__.startswith("_"):
@@ -88,6 +85,11 @@ class Op:
     def name(self) -> str:
         """The printed name: the class name in snake case."""
         return snake_case(type(self).__name__)
+
+    @property
+    def outputs(self) -> int:
+        """The number of outputs, which attributes may decide."""
+        return 1
 
     def infer(self, *types: Any, **_: Any) -> TensorType | tuple[TensorType, ...]:
         """Give the outputs' shapes and dtypes; raises `ShapeError` for inputs the operator cannot take.

@@ -109,7 +109,7 @@ class Split(Op):
     kind = Kind.INJECTIVE
 
     @property
-    def outputs(self) -> int:  # type: ignore[override]
+    def outputs(self) -> int:
         """One for each size."""
         return len(self.sizes)
 

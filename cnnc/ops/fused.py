@@ -50,7 +50,7 @@ class Fused(Op):
     schedule: Schedule | None = None
 
     @property
-    def outputs(self) -> int:  # type: ignore[override]
+    def outputs(self) -> int:
         """As many as the body has."""
         return len(self.body.outputs)
 

@@ -134,7 +134,7 @@ class MaxPool(_Extreme):
     column_major: bool = False
 
     @property
-    def outputs(self) -> int:  # type: ignore[override]
+    def outputs(self) -> int:
         """One, or two with indices."""
         return 1 + self.with_indices
 
