@@ -76,6 +76,7 @@ class Op:
     """
 
     kind: ClassVar[Kind] = Kind.OPAQUE
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if not cls.__name__.startswith("_"):
