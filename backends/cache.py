@@ -1,10 +1,10 @@
-"""The kernel cache: compiled kernels on disk, found by the digest of everything they depend on.
+"""What earlier compiles found out: kernels and schedules on disk, by the digest of everything they depend on.
 
 One entry is one file, written beside its place and renamed into it, so that a reader sees all of it or none, and
 any number of writers may race.  An entry carries a digest of itself and the key it was made for; what does not
 match, belongs to another user or is no plain file is never served.  Nothing is unpickled.
 
-The folder is `$CNNC_CACHE_DIR`, or the platform's user cache folder.  A folder that cannot be used costs time,
+The folder is `$CNNC_CACHE_DIR/kernels`, or one in the user's cache folder.  A folder that cannot be used costs time,
 never a compile: `note` then says why.
 """
 
@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cnnc.backends.cpu.codegen import KernelObject
+from cnnc.ops.fused import Schedule
 
-_MAGIC = b"cnnc kernel 1\n"
+_MAGIC = b"cnnc cache 2\n"
 _DIGEST_BYTES = 32
 _KEY = re.compile(r"[0-9a-f]{64}")
 _STALE_SECONDS = 3600
@@ -44,17 +45,17 @@ class CacheStatus:
     note: str | None
 
 
-class KernelCache:
-    """Kernels by key, a SHA-256 in hex.  `folder` None keeps nothing."""
+class DiskCache:
+    """Bytes by key, a SHA-256 in hex."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._folder: Path | None = default_folder() if folder is None else Path(folder)
+        self._folder: Path | None = default_folder() if folder is None else folder
         self._writable = True
         self.note: str | None = None
         self._open()
 
-    def get(self, key: str) -> KernelObject | None:
-        """Give the kernel stored under a key, or None; a damaged entry counts as absent."""
+    def read(self, key: str) -> bytes | None:
+        """Give what is stored under a key, or None; a damaged entry counts as absent."""
         path = self._path(key)
         if path is None:
             return None
@@ -62,22 +63,22 @@ class KernelCache:
             data = _read_own_file(path)
         except OSError:
             return None
-        kernel = _decode(data, key)
-        if kernel is None:
+        content = _opened(data, key)
+        if content is None:
             _log.info("cache entry %s is damaged or from another version; it is made anew", path)
-        return kernel
+        return content
 
-    def put(self, key: str, kernel: KernelObject) -> None:
-        """Store a kernel under a key; what cannot be written is left out, with a note."""
+    def write(self, key: str, content: bytes) -> None:
+        """Store bytes under a key; what cannot be written is left out, with a note."""
         path = self._path(key)
         if path is None or not self._writable:
             return
         try:
             path.parent.mkdir(mode=0o700, exist_ok=True)
-            _publish(path, _encode(key, kernel))
+            _publish(path, _sealed(key, content))
         except OSError as error:
             self._writable = False
-            self._say(f"kernels are not cached: {error.strerror} ({path.parent})")
+            self._say(f"nothing is cached: {error.strerror} ({path.parent})")
 
     def status(self) -> CacheStatus:
         """Count the entries."""
@@ -114,7 +115,7 @@ class KernelCache:
 
     def _refuse(self, reason: str) -> None:
         self._folder = None
-        self._say(f"kernels are not cached: {reason}")
+        self._say(f"nothing is cached: {reason}")
 
     def _say(self, note: str) -> None:
         self.note = note
@@ -141,13 +142,38 @@ class KernelCache:
                     yield path
 
 
-def no_cache() -> KernelCache:
-    """Give a cache that keeps nothing."""
-    cache = KernelCache.__new__(KernelCache)
-    cache._folder = None
-    cache._writable = False
-    cache.note = None
-    return cache
+class KernelCache:
+    """Compiled kernels by key; on disk, or nowhere."""
+
+    def __init__(self, disk: DiskCache | None) -> None:
+        self._disk = disk
+
+    def get(self, key: str) -> KernelObject | None:
+        """Give the kernel stored under a key, or None."""
+        content = self._disk.read(key) if self._disk else None
+        return None if content is None else _decode(content)
+
+    def put(self, key: str, kernel: KernelObject) -> None:
+        """Store a kernel under a key."""
+        if self._disk:
+            self._disk.write(key, _encode(kernel))
+
+
+class ScheduleCache:
+    """The schedules that the search over the cost models ended with, by key; on disk, or nowhere."""
+
+    def __init__(self, disk: DiskCache | None) -> None:
+        self._disk = disk
+
+    def get(self, key: str) -> Schedule | None:
+        """Give the schedule stored under a key, or None."""
+        content = self._disk.read(key) if self._disk else None
+        return None if content is None else Schedule.parse(content.decode())
+
+    def put(self, key: str, schedule: Schedule) -> None:
+        """Store a schedule under a key."""
+        if self._disk:
+            self._disk.write(key, str(schedule).encode())
 
 
 def default_folder() -> Path:
@@ -160,32 +186,29 @@ def default_folder() -> Path:
     return Path(platformdirs.user_cache_dir("cnnc", appauthor=False)) / "kernels"
 
 
-def _encode(key: str, kernel: KernelObject) -> bytes:
-    header = {
-        "key": key,
-        "symbol": kernel.symbol,
-        "slices": kernel.slices,
-        "scratch_bytes": kernel.scratch_bytes,
-        "code_bytes": len(kernel.code),
-    }
-    body = json.dumps(header, sort_keys=True).encode() + b"\n" + kernel.code
+def _sealed(key: str, content: bytes) -> bytes:
+    body = key.encode() + content
     return _MAGIC + hashlib.sha256(body).digest() + body
 
 
-def _decode(data: bytes, key: str) -> KernelObject | None:
+def _opened(data: bytes, key: str) -> bytes | None:
     """Read an entry back; None unless every byte is as it was written, for this key."""
     body = data[len(_MAGIC) + _DIGEST_BYTES :]
     digest = data[len(_MAGIC) : len(_MAGIC) + _DIGEST_BYTES]
-    if not data.startswith(_MAGIC) or hashlib.sha256(body).digest() != digest:
+    if not data.startswith(_MAGIC) or hashlib.sha256(body).digest() != digest or not body.startswith(key.encode()):
         return None
-    head, _, code = body.partition(b"\n")
-    try:
-        header = json.loads(head)
-        kernel = KernelObject(header["symbol"], code, int(header["slices"]), int(header["scratch_bytes"]))
-        whole = header["key"] == key and int(header["code_bytes"]) == len(code)
-    except (ValueError, KeyError, TypeError):
-        return None
-    return kernel if whole else None
+    return body[len(key) :]
+
+
+def _encode(kernel: KernelObject) -> bytes:
+    header = {"symbol": kernel.symbol, "slices": kernel.slices, "scratch_bytes": kernel.scratch_bytes}
+    return json.dumps(header, sort_keys=True).encode() + b"\n" + kernel.code
+
+
+def _decode(content: bytes) -> KernelObject:
+    head, _, code = content.partition(b"\n")
+    header = json.loads(head)
+    return KernelObject(header["symbol"], code, int(header["slices"]), int(header["scratch_bytes"]))
 
 
 def _read_own_file(path: Path) -> bytes:

@@ -162,20 +162,23 @@ def load_graph(source: Source, options: Options | None = None) -> Graph:
 
 def lower(graph: Graph, options: Options, report: Report) -> Lowered:
     """Run the passes: from what the model says to kernels with schedules and addresses."""
+    from cnnc.backends.cache import DiskCache, ScheduleCache
+    from cnnc.backends.cpu.identity import ScheduleMemory
     from cnnc.backends.cpu.templates import TEMPLATES
     from cnnc.passes.pipeline import pipeline, run_pipeline
     from cnnc.passes.plan_memory import plan_memory
 
     _refuse_open_sizes(graph)
     target = Target.parse(options.target, options.threads)
-    chosen = pipeline(options.level, TEMPLATES, options.passes, exact=options.exact)
+    memory = ScheduleMemory(ScheduleCache(DiskCache() if options.cache else None))
+    chosen = pipeline(options.level, TEMPLATES, options.passes, memory=memory, exact=options.exact)
     lowered = run_pipeline(graph, target, chosen, dump_dir=options.dump_ir, log=report.rewrites, timings=report.passes)
     plan = plan_memory(lowered, target)
     return Lowered(lowered, plan, target)
 
 
 def _build(lowered: Lowered, digest: str, options: Options, report: Report, progress: Progress) -> Module:
-    from cnnc.backends.cache import KernelCache, no_cache
+    from cnnc.backends.cache import DiskCache, KernelCache
     from cnnc.backends.cpu.build import build
     from cnnc.backends.host.library import JitModel
 
@@ -183,7 +186,7 @@ def _build(lowered: Lowered, digest: str, options: Options, report: Report, prog
         lowered.graph,
         lowered.plan,
         lowered.target,
-        kernel_cache=KernelCache() if options.cache else no_cache(),
+        kernel_cache=KernelCache(DiskCache() if options.cache else None),
         meta={"cnnc": cnnc.__version__, "options": options.effective(), "model": digest},
         progress=lambda done, total: progress("kernels", done, total),
     )

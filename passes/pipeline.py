@@ -28,7 +28,7 @@ from cnnc.passes.fold_pad import FoldPad
 from cnnc.passes.fuse import Fuse
 from cnnc.passes.registry import Pass, parse_passes
 from cnnc.passes.simplify import Simplify
-from cnnc.passes.tile import KernelTemplate, Records, Tile, no_records
+from cnnc.passes.tile import KernelTemplate, Memory, NoMemory, Records, Tile, no_records
 from cnnc.target import Target
 
 LEVELS = (0, 1, 2, 3)
@@ -40,14 +40,19 @@ def pipeline(
     passes: str | None = None,
     records: Records | None = None,
     *,
+    memory: Memory | None = None,
     exact: bool = False,
 ) -> tuple[Pass, ...]:
     """Give the passes of an optimisation level, or those that `passes` spells out.
 
-    `templates` and `records` are what the tile pass chooses from; `exact` keeps to algorithms that add up the very
-    products of the definition.  Raises `UsageError` for a level that does not exist.
+    `templates` and `records` are what the tile pass chooses from, `memory` keeps what it found; `exact` keeps to
+    algorithms that add up the very products of the definition.  Raises `UsageError` for a level that does not exist.
     """
-    handed_in: dict[str, Any] = {"templates": tuple(templates), "records": records or no_records}
+    handed_in: dict[str, Any] = {
+        "templates": tuple(templates),
+        "records": records or no_records,
+        "memory": memory or NoMemory(),
+    }
     if passes is not None:
         given = parse_passes(passes, {"tile": handed_in})
         return tuple(replace(p, exact=p.exact or exact) if isinstance(p, ChooseAlgorithm) else p for p in given)

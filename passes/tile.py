@@ -2,12 +2,13 @@
 
     fused(...) -> fused(...) {schedule=conv_direct(pixels=14,vectors=2)}
 
-A tuned record decides where there is one; otherwise the cheapest candidate by the templates' cost models.
+A tuned record decides where there is one; otherwise the cheapest candidate by the templates' cost models.  That search
+is most of the time of a repeated compile, so its results may be remembered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
 
@@ -47,12 +48,33 @@ def no_records(kernel: Fused, target: Target) -> Schedule | None:
     return None
 
 
+class Memory(Protocol):
+    """What earlier searches over the same templates ended with."""
+
+    def recall(self, kernel: Fused, target: Target) -> Schedule | None:
+        """Give the schedule found for a kernel without one, if it was searched before."""
+
+    def remember(self, kernel: Fused, target: Target, schedule: Schedule) -> None:
+        """Keep what a search found."""
+
+
+class NoMemory:
+    """Remembers nothing: every search is done anew."""
+
+    def recall(self, kernel: Fused, target: Target) -> Schedule | None:
+        """Give nothing."""
+
+    def remember(self, kernel: Fused, target: Target, schedule: Schedule) -> None:
+        """Keep nothing."""
+
+
 @dataclass(frozen=True)
 class Tile(Pass):
     """Choose schedules; equal kernels get equal ones.  Kernels that have a schedule keep it."""
 
     templates: tuple[KernelTemplate, ...] = field(default=(), metadata={"option": False})
     records: Records = field(default=no_records, metadata={"option": False})
+    memory: Memory = field(default=NoMemory(), metadata={"option": False})
 
     def run(self, graph: Graph, target: Target) -> Graph:
         """Give the graph with every kernel scheduled; raises `VerifyError` naming a node that no template takes."""
@@ -70,17 +92,24 @@ class Tile(Pass):
 
     def _choose(self, node: Node, kernel: Fused, target: Target) -> Schedule:
         matching = [template for template in self.templates if template.matches(kernel, target)]
+        names = {template.name for template in matching}
+        for known in (self.records(kernel, target), self.memory.recall(kernel, target)):
+            if known is not None and known.template in names:
+                return known
+        found = self._cheapest(node, kernel, matching, target)
+        self.memory.remember(kernel, target, found)
+        return found
+
+    def _cheapest(self, node: Node, kernel: Fused, matching: Sequence[KernelTemplate], target: Target) -> Schedule:
+        """Search all candidates; raises `VerifyError` if there is none."""
         if not matching:
             where = ", ".join(sorted(node.loc)) or "no location"
             names = ", ".join(template.name for template in self.templates) or "none"
             text = print_graph(kernel.body)
             raise VerifyError(f"tile: no template ({names}) takes kernel {kernel.anchor} at {where}\n{text}")
-        recorded = self.records(kernel, target)
-        if recorded is not None and recorded.template in {template.name for template in matching}:
-            return recorded
-        candidates = [(t.cost(kernel, s, target), t.name, s) for t in matching for s in t.space(kernel, target)]
+        candidates = [(t.cost(kernel, s, target), s) for t in matching for s in t.space(kernel, target)]
         if not candidates:
             raise VerifyError(
                 f"tile: template {matching[0].name} takes kernel {kernel.anchor} but has no schedule for it"
             )
-        return min(candidates, key=lambda candidate: candidate[0])[2]
+        return min(candidates, key=lambda candidate: candidate[0])[1]

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 
 from cnnc.backends.cache import KernelCache
 from cnnc.backends.cpu.codegen import KernelJob, KernelObject, compile_kernels
+from cnnc.backends.cpu.identity import kernel_key, kernel_symbol
 from cnnc.backends.cpu.index_check import check_symbol, index_check, run_time_indices
 from cnnc.backends.cpu.templates import template
-from cnnc.backends.host.library import aligned_empty
 from cnnc.backends.host.program import ALIGNMENT, KernelCall, Port, Program, Slot
 from cnnc.backends.load_tvm import load_tvm
 from cnnc.errors import VerifyError
 from cnnc.ir.graph import Graph, Node, Value
-from cnnc.ir.text import print_graph
 from cnnc.ir.types import TensorType
 from cnnc.ops.fused import Fused
 from cnnc.ops.source import Constant
@@ -76,7 +74,7 @@ def build(
         ),
         arena_bytes=plan.size,
         scratch_bytes=max((k.scratch_bytes for k in kernels.values()), default=0),
-        weights=weights.data(),
+        weights=weights.pieces(),
         cpu=target.llvm_cpu,
         features=target.features,
         meta=json.dumps(meta, sort_keys=True),
@@ -90,53 +88,6 @@ def fused_of(node: Node) -> Fused:
     if not isinstance(node.op, Fused):
         raise VerifyError(f"{node.op.name} is left outside of a kernel (at {', '.join(sorted(node.loc))})")
     return node.op
-
-
-def kernel_symbol(kernel: Fused, target: Target) -> str:
-    """Name a kernel by what it computes and how: the same body, types, schedule and target give the same name."""
-    return f"{kernel.anchor}_{kernel_key(kernel, target)[:16]}"
-
-
-def kernel_key(kernel: Fused, target: Target) -> str:
-    """Digest everything a kernel's machine code depends on, the compiler's own source included."""
-    text = print_graph(anonymous(kernel.body))
-    parts = (text, str(kernel.schedule), str(target), str(target.caches), source_digest())
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def anonymous(body: Graph) -> Graph:
-    """Give the body without names and source locations, which change nothing in the code."""
-    new: dict[Value, Value] = {}
-    for position, value in enumerate(body.inputs):
-        op = replace(value.op, label=f"x{position}")  # type: ignore[call-arg]
-        new[value] = Value(Node(op, (), value.node.types))
-    for node in body.nodes:
-        if node.op.name == "input":
-            continue
-        op = replace(node.op, label="") if isinstance(node.op, Constant) else node.op
-        copy = Node(op, tuple(new[v] for v in node.inputs), node.types)
-        new.update(zip(node.values, copy.values, strict=True))
-    names = tuple(f"y{i}" for i in range(len(body.outputs)))
-    return Graph("kernel", tuple(new[v] for v in body.inputs), tuple(new[v] for v in body.outputs), names)
-
-
-@cache
-def source_digest() -> str:
-    """Digest the source files kernels come from, so that a changed compiler never reuses old code."""
-    from importlib.metadata import version
-
-    root = Path(__file__).resolve().parents[1]
-    state = hashlib.sha256(f"{version('apache-tvm')} {version('llvmlite')}".encode())
-    for folder in (root, _operators_folder()):
-        for path in sorted(folder.rglob("*.py")):
-            state.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
-    return state.hexdigest()
-
-
-def _operators_folder() -> Path:
-    import cnnc.ops
-
-    return Path(str(cnnc.ops.__file__)).resolve().parent
 
 
 def _kernel_objects(
@@ -181,17 +132,19 @@ class WeightBlock:
             self._size += -(-constant_type(constant).nbytes // ALIGNMENT) * ALIGNMENT
         return self._offsets[key]
 
-    def data(self) -> memoryview:
-        """Give the whole block, aligned, every constant packed in its layout."""
-        block = aligned_empty((self._size,), "u8")
-        for constant, offset in self._offsets.items():
-            array = constant.value.array
-            packed = array if constant.layout is None else constant.layout.pack(array)
-            data = np.ascontiguousarray(packed).reshape(-1).view(np.uint8)
-            end = offset + data.size
-            block[offset:end] = data
-            block[end : end + -data.size % ALIGNMENT] = 0
-        return block.data.cast("B")
+    def pieces(self) -> tuple[memoryview, ...]:
+        """Give the block in pieces, every constant packed in its layout."""
+        # Packing is copying in numpy, which gives up the interpreter lock.
+        with ThreadPoolExecutor(os.cpu_count(), "pack") as pool:
+            return tuple(piece for pieces in pool.map(_packed, self._offsets) for piece in pieces)
+
+
+def _packed(constant: Constant) -> tuple[memoryview, ...]:
+    """Give a constant as it lies in memory, filled up to the alignment."""
+    array = constant.value.array
+    packed = array if constant.layout is None else constant.layout.pack(array)
+    data = np.ascontiguousarray(packed).reshape(-1).view(np.uint8)
+    return data.data, memoryview(bytes(-data.size % ALIGNMENT))
 
 
 def constant_type(constant: Constant) -> TensorType:

@@ -297,7 +297,7 @@ class SharedModel(LoadedModel):
 
 
 class JitModel(LoadedModel):
-    """A program put into this process's memory: no linker, no file, the weights used where they are.
+    """A program put into this process's memory: no linker, no file.
 
     Raises EnvironmentProblem when the process may not make memory executable or there is no C compiler for the runtime.
     """
@@ -326,13 +326,14 @@ class JitModel(LoadedModel):
 
 
 def _aligned_weights(program: Program) -> npt.NDArray[np.uint8]:
-    """Return the weights as bytes: the program's own memory where that is aligned, else a copy."""
-    given = np.frombuffer(memoryview(program.weights).cast("B") if program.weight_bytes else b"\0", np.uint8)
-    if given.ctypes.data % ALIGNMENT == 0:
-        return given
-    copy: npt.NDArray[np.uint8] = aligned_empty(given.shape, "u8")
-    copy[:] = given
-    return copy
+    """Return the weights as one block of bytes."""
+    block: npt.NDArray[np.uint8] = aligned_empty((program.weight_bytes,), "u8")
+    start = 0
+    for piece in program.weights:
+        data = np.frombuffer(memoryview(piece).cast("B"), np.uint8)
+        block[start : start + data.size] = data
+        start += data.size
+    return block
 
 
 def _open_library(descriptor: int, path: str) -> int:

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cnnc.backends.host.driver import TABLE_SYMBOL, emit_driver, exported_symbols
-from cnnc.backends.host.elf_data import write_data_object
-from cnnc.backends.host.program import Program
+from cnnc.backends.host.elf_data import Pieces, stretch_section, write_data_object
+from cnnc.backends.host.program import ALIGNMENT, MAX_IMAGE, MAX_WEIGHTS, Program
 from cnnc.backends.host.publish import published
 from cnnc.backends.host.toolchain import compiler, run_tool, runtime_objects, tool
 from cnnc.errors import CheckFailed, EnvironmentProblem, VerifyError
@@ -29,6 +29,12 @@ _LINK_FLAGS = (
 )
 _LIBRARIES = ("-lm", "-lpthread")
 
+# Where a linked file keeps its weights: beyond all else, so that they get a segment of their own.
+_WEIGHTS = ".cnnc_weights"
+_WEIGHTS_AT = MAX_IMAGE - MAX_WEIGHTS
+# What the linker sees in their place.
+_PLACEHOLDER = (bytes(ALIGNMENT),)
+
 # The last 56 bytes of a binary: a mark, the size before it, and the SHA-256 of everything before it.
 _TRAILER = struct.Struct("<16sQ32s")
 _MARK = b"cnnc-sha256-v1\0\0"
@@ -41,28 +47,28 @@ def build_shared(program: Program, objects: Sequence[bytes], path: str | os.Path
     """
     with published(Path(path), mode=0o755) as out:
         folder = out.parent
-        names = _collect(folder, program, objects, runtime_objects())
+        names = _collect(folder, program, objects, runtime_objects(), _PLACEHOLDER)
         exports = "".join(f"    {symbol};\n" for symbol in exported_symbols(program))
         (folder / "exports.map").write_text(f"{{\n  global:\n{exports}  local: *;\n}};\n")
         options = ["-shared", "-nostartfiles", "-Wl,--version-script=exports.map"]
         _link(program, folder, out, [*options, *names])
-        _seal(out)
+        _finish(program, out)
 
 
 def build_executable(program: Program, objects: Sequence[bytes], path: str | os.PathLike[str]) -> None:
     """Write a command-line program that reads arrays or pictures and prints or writes the outputs."""
     with published(Path(path), mode=0o755) as out:
         folder = out.parent
-        names = _collect(folder, program, objects, runtime_objects(with_main=True))
+        names = _collect(folder, program, objects, runtime_objects(with_main=True), _PLACEHOLDER)
         _link(program, folder, out, ["-pie", *names])
-        _seal(out)
+        _finish(program, out)
 
 
 def build_object(program: Program, objects: Sequence[bytes], path: str | os.PathLike[str]) -> None:
     """Write one relocatable object, for linking into a program; only the model's own functions stay visible."""
     with published(Path(path)) as out:
         folder = out.parent
-        names = _collect(folder, program, objects, runtime_objects())
+        names = _collect(folder, program, objects, runtime_objects(), program.weights)
         run_tool([tool("ld"), "-r", "-o", "all.o", *names], folder)
         # Two models in one program must not fight over the table for generic loaders.
         keep = [symbol for symbol in exported_symbols(program) if symbol != TABLE_SYMBOL]
@@ -86,7 +92,9 @@ def check_binary(descriptor: int) -> None:
         raise CheckFailed("the binary was changed after it was built (its digest differs); build it again")
 
 
-def _collect(folder: Path, program: Program, objects: Sequence[bytes], runtime: Sequence[bytes]) -> list[str]:
+def _collect(
+    folder: Path, program: Program, objects: Sequence[bytes], runtime: Sequence[bytes], weights: Pieces
+) -> list[str]:
     """Write everything that is to be linked into the folder, under names that depend on the order only."""
     names = []
     try:
@@ -95,14 +103,15 @@ def _collect(folder: Path, program: Program, objects: Sequence[bytes], runtime: 
             (folder / names[-1]).write_bytes(data)
         if program.weight_bytes:
             names.append("weights.o")
-            write_data_object(folder / names[-1], "cnnc_rt_weights", ".cnnc_weights", program.weights)
+            write_data_object(folder / names[-1], "cnnc_rt_weights", _WEIGHTS, weights)
     except OSError as error:
         raise EnvironmentProblem(f"cannot write to {folder.parent}: {error.strerror}") from error
     return names
 
 
 def _link(program: Program, folder: Path, out: Path, arguments: Sequence[str]) -> None:
-    command = [*compiler(), *_LINK_FLAGS, "-o", str(out), *arguments, *_LIBRARIES]
+    place = [f"-Wl,--section-start={_WEIGHTS}={_WEIGHTS_AT:#x}"] if program.weight_bytes else []
+    command = [*compiler(), *_LINK_FLAGS, *place, "-o", str(out), *arguments, *_LIBRARIES]
     try:
         run_tool(command, folder)
     except EnvironmentProblem as problem:
@@ -111,6 +120,13 @@ def _link(program: Program, folder: Path, out: Path, arguments: Sequence[str]) -
         if "undefined reference" in text or "undefined symbol" in text or "multiple definition" in text:
             raise VerifyError(f"{program.name}: the kernels do not link: {text}") from problem
         raise
+
+
+def _finish(program: Program, path: Path) -> None:
+    """Add what the linker did not see: the weights, and the digest of it all."""
+    if program.weight_bytes:
+        stretch_section(path, _WEIGHTS, program.weights)
+    _seal(path)
 
 
 def _seal(path: Path) -> None:

@@ -30,8 +30,9 @@ DTYPES: dict[str, tuple[int, int]] = {
     "u64": (13, 8),
 }
 ALIGNMENT = 64
-# The small code model reaches 2 GiB; this leaves room for code and tables beside the weights.
-MAX_WEIGHTS = 2**31 - 2**27
+# What the small code model reaches, and how much of it weights may take; the rest is for code and tables.
+MAX_IMAGE = 2**31
+MAX_WEIGHTS = MAX_IMAGE - 2**27
 MAX_SLICES = 2**31 - 1
 
 # What `runtime/cpu.c` can check, under LLVM's names.
@@ -110,7 +111,8 @@ class KernelCall:
 class Program:
     """A whole model as the host driver runs it: kernels in order over one arena and one block of weights.
 
-    `features` are the CPU features the kernels need, of CPU_FEATURES; `meta` is JSON that travels in the binary.
+    The weights are pieces of memory that follow each other without a gap; `features` are the CPU features the
+    kernels need, of CPU_FEATURES; `meta` is JSON that travels in the binary.
     """
 
     name: str
@@ -119,7 +121,7 @@ class Program:
     calls: tuple[KernelCall, ...]
     arena_bytes: int
     scratch_bytes: int
-    weights: bytes | memoryview
+    weights: Sequence[bytes | memoryview]
     cpu: str = "x86-64"
     features: tuple[str, ...] = ()
     meta: str = "{}"
@@ -135,7 +137,7 @@ class Program:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the block of weights."""
-        return memoryview(self.weights).nbytes
+        return sum(memoryview(piece).nbytes for piece in self.weights)
 
 
 def c_prefix(name: str) -> str:

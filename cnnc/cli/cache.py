@@ -1,10 +1,10 @@
-"""`cnnc cache`: the kernels kept from earlier compiles."""
+"""`cnnc cache`: the kernels and schedules kept from earlier compiles."""
 
 from __future__ import annotations
 
 import click
 
-from cnnc.backends.cache import KernelCache
+from cnnc.backends.cache import DiskCache
 from cnnc.options import format_bytes
 
 
@@ -16,11 +16,11 @@ def command() -> None:
 @command.command("status")
 def status() -> None:
     """Show where the cache is and how much it holds."""
-    state = KernelCache().status()
-    click.echo(f"{state.folder}: {state.entries} kernels, {format_bytes(state.bytes)}")
+    state = DiskCache().status()
+    click.echo(f"{state.folder}: {state.entries} entries, {format_bytes(state.bytes)}")
 
 
 @command.command("clear")
 def clear() -> None:
-    """Remove every kernel of the cache."""
-    click.echo(f"removed {KernelCache().clear()} kernels")
+    """Remove every entry of the cache."""
+    click.echo(f"removed {DiskCache().clear()} entries")

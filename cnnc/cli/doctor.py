@@ -77,6 +77,6 @@ def _cpu() -> Finding:
 
 
 def _cache() -> Finding:
-    from cnnc.backends.cache import KernelCache
+    from cnnc.backends.cache import DiskCache
 
-    return Finding("kernel cache", str(KernelCache().status().folder))
+    return Finding("kernel cache", str(DiskCache().status().folder))

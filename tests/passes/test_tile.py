@@ -69,6 +69,41 @@ def test_a_record_of_a_template_that_does_not_match_is_not_used(rng):
     assert schedules(done) == ["special()", "general(size=1)", "general(size=1)"]
 
 
+@dataclass
+class Notes:
+    """Remembers by anchor."""
+
+    known: dict[str, Schedule] = field(default_factory=dict)
+
+    def recall(self, kernel: Fused, target: Target) -> Schedule | None:
+        return self.known.get(kernel.anchor)
+
+    def remember(self, kernel: Fused, target: Target, schedule: Schedule) -> None:
+        self.known[kernel.anchor] = schedule
+
+
+def test_what_was_searched_once_is_not_searched_again(rng):
+    notes = Notes()
+    template = Fixed("general", frozenset({"conv", "exp", "relu"}), {1: 5.0, 2: 4.0})
+    graph = network(rng)
+    first = schedules(Tile((template,), memory=notes).run(graph, TARGET))
+    assert template.asked == ["conv", "relu", "exp"]
+    assert schedules(check(Tile((template,), memory=notes), graph, rng)) == first == ["general(size=2)"] * 3
+    assert template.asked == ["conv", "relu", "exp"]
+
+
+def test_a_record_goes_before_memory_and_is_not_remembered(rng):
+    notes = Notes({"relu": Schedule("general", (("size", 3),)), "exp": Schedule("gone")})
+    tile = Tile((GENERAL, SPECIAL), lambda kernel, target: Schedule("general", (("size", 7),)), notes)
+    assert schedules(check(tile, network(rng), rng)) == ["general(size=7)"] * 3
+    assert notes.known == {"relu": Schedule("general", (("size", 3),)), "exp": Schedule("gone")}
+    assert schedules(Tile((GENERAL, SPECIAL), memory=notes).run(network(rng), TARGET)) == [
+        "special(size=2)",
+        "general(size=3)",
+        "general(size=1)",
+    ]
+
+
 def test_equal_kernels_are_looked_at_once(rng):
     x = image(2, 3)
     graph = Fuse(grow=False).run(graph_of(call(Exp(), call(Exp(), x, loc=["a"]), loc=["b"])), TARGET)

@@ -100,7 +100,7 @@ class Small:
         rng = np.random.default_rng(seed)
         self.w = (rng.standard_normal((32, 20)) / 6).astype(np.float32)
         self.b = rng.standard_normal(20).astype(np.float32)
-        weights = self.w.tobytes() + self.b.tobytes()
+        weights = (self.w.tobytes(), self.b.tobytes())
         self.program = Program(
             name=name,
             inputs=(Port("x", "f32", (12, 32)),),

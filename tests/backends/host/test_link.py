@@ -18,6 +18,7 @@ import pytest
 
 from cnnc.backends.host import toolchain
 from cnnc.backends.host.driver import exported_symbols
+from cnnc.backends.host.elf_data import stretch_section
 from cnnc.backends.host.header import emit_header
 from cnnc.backends.host.library import SharedModel
 from cnnc.backends.host.link import build_executable, build_object, build_shared
@@ -61,6 +62,28 @@ def test_hardened_and_weights_read_only(library: Path) -> None:
     assert row.split()[-1] == "4096"
     assert row.split()[-4] == "A"
     assert "build-id" not in sections
+
+
+def test_weights_fill_a_segment_of_their_own(library: Path, small: Any) -> None:
+    weights = b"".join(small.program.weights)
+    loads = re.findall(r"LOAD +(\S+) (\S+) \S+ (\S+) (\S+) (R.{2}) ", tool_output("readelf", "-lW", library))
+    *_, (offset, address, in_file, in_memory, rights) = loads
+    assert (int(in_file, 16), int(in_memory, 16)) == (len(weights), len(weights))
+    assert rights == "R  "
+    start = int(offset, 16)
+    assert library.read_bytes()[start : start + len(weights)] == weights
+    fields = re.search(r"\.cnnc_weights +PROGBITS +(\S+) (\S+) (\S+)", tool_output("readelf", "-SW", library))
+    assert fields is not None
+    assert [int(field, 16) for field in fields.groups()] == [int(address, 16), start, len(weights)]
+
+
+def test_a_linker_that_places_weights_among_the_rest(small: Any, kernels: bytes, tmp_path: Path) -> None:
+    build_object(small.program, [kernels], tmp_path / "small.o")
+    tool_output("cc", "-shared", "-o", tmp_path / "plain.so", tmp_path / "small.o", "-lm")
+    with pytest.raises(EnvironmentProblem, match="a segment of its own"):
+        stretch_section(tmp_path / "plain.so", ".cnnc_weights", small.program.weights)
+    with pytest.raises(EnvironmentProblem, match="the linker dropped the section"):
+        stretch_section(tmp_path / "plain.so", ".other", small.program.weights)
 
 
 def test_driver_code_runs_on_any_x86_64(small: Any, tmp_path: Path) -> None:
@@ -270,7 +293,7 @@ from cnnc.backends.host.program import KernelCall, Program, Slot
 from cnnc.errors import EnvironmentProblem
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-program = Program("p", (), (), (KernelCall("nothing", (Slot("arena", 0),)),), 64, 0, bytes({size}))
+program = Program("p", (), (), (KernelCall("nothing", (Slot("arena", 0),)),), 64, 0, (bytes({size}),))
 kernels = open({kernels!r}, "rb").read()
 print("ready", flush=True)
 {limit}

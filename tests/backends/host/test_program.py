@@ -48,7 +48,7 @@ def test_impossible_programs(small: Any, change: dict[str, Any], message: str) -
 
 def test_too_many_weights() -> None:
     with mmap.mmap(-1, MAX_WEIGHTS + 1) as memory, pytest.raises(LimitError, match="at most 2,013,265,920"):
-        Program("big", (), (), (), 0, 0, memoryview(memory))
+        Program("big", (), (), (), 0, 0, (memoryview(memory),))
 
 
 @pytest.mark.parametrize(
