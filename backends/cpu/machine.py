@@ -31,6 +31,11 @@ class Machine:
     """Bytes that flow from beyond L2, as one core streams."""
 
     @property
+    def broadcasts_from_memory(self) -> bool:
+        """Whether a multiply-add takes one float from memory for all lanes, as those of AVX-512 do."""
+        return self.lanes >= 16
+
+    @property
     def flops(self) -> float:
         """Peak float32 operations a second of one core (a multiply-add is 2)."""
         return 2.0 * self.lanes * self.fma_ports * self.hertz
@@ -39,7 +44,11 @@ class Machine:
         """Whether a register tile of `pixels` x `vectors` sums compiles without spills.
 
         Beside the sums, the smaller side's operands stay in registers while the larger side's pass through one.
+        With one vector, LLVM adds each sum to a product in the register of the broadcast input, if that takes a
+        register: then every sum needs two.
         """
+        if vectors == 1 and not self.broadcasts_from_memory:
+            return 2 * pixels <= self.registers
         return pixels * vectors + min(pixels, vectors) + 1 <= self.registers
 
     def tile_cycles(self, pixels: int, vectors: int) -> float:
@@ -48,7 +57,7 @@ class Machine:
         A tile that takes all registers is at the mercy of LLVM's allocator, and counts for more.
         """
         arithmetic = pixels * vectors / self.fma_ports
-        cycles = max(arithmetic, self.fma_latency, (pixels + vectors) / self.loads)
+        cycles = max(arithmetic + TERM_CYCLES, self.fma_latency, (pixels + vectors) / self.loads)
         full = pixels * vectors + min(pixels, vectors) + 1 == self.registers
         return cycles * 1.06 if full else cycles
 
@@ -59,6 +68,10 @@ class Machine:
     def group_cycles(self, pixels: int, group: int) -> float:
         """Count the cycles one term takes for all vectors of a group, split as `vector_parts` does."""
         return sum(count * self.tile_cycles(pixels, v) for v, count in self.vector_parts(pixels, group))
+
+
+TERM_CYCLES = 0.3
+"""What a term of the sums costs beside its multiply-adds."""
 
 
 @lru_cache(4096)
