@@ -1,14 +1,11 @@
-"""Latency of one or more engines on the same inputs, measured in interleaved rounds."""
+"""Statistics over the times of single runs, taken in turns."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-ROUNDS = 10
-"""Each engine's time is spread over so many turns, A B C A B C, so that drift of the machine meets all alike."""
 
 UNSTABLE = 0.1
 
@@ -21,20 +18,29 @@ class Latency:
     minimum: float
     mean: float
     median: float
+    """The median of the turns' medians: a turn that other load slows down holds fewer runs, but counts as much."""
     p90: float
     p95: float
     p99: float
-    variation: float
-    """Standard deviation over mean."""
+    spread: float
+    """How far the quartiles of the turns' medians lie apart, as a share of their median."""
 
     @staticmethod
-    def of(seconds: Sequence[float]) -> Latency:
-        """Sum up a list of run times."""
-        ordered = sorted(seconds)
-        mean = statistics.fmean(ordered)
-        spread = statistics.pstdev(ordered) / mean if mean > 0 else 0.0
+    def of(turns: Sequence[Sequence[float]]) -> Latency:
+        """Sum up the run times of turns that were as long as each other."""
+        ordered = sorted(seconds for turn in turns for seconds in turn)
+        low, middle, high = quartiles([statistics.median(turn) for turn in turns])
         p90, p95, p99 = (_percentile(ordered, share) for share in (0.90, 0.95, 0.99))
-        return Latency(len(ordered), ordered[0], mean, statistics.median(ordered), p90, p95, p99, spread)
+        return Latency(
+            runs=len(ordered),
+            minimum=ordered[0],
+            mean=statistics.fmean(ordered),
+            median=middle,
+            p90=p90,
+            p95=p95,
+            p99=p99,
+            spread=(high - low) / middle if middle > 0 else 0.0,
+        )
 
     @property
     def throughput(self) -> float:
@@ -43,26 +49,13 @@ class Latency:
 
     def advice(self) -> list[str]:
         """Say what stands in the way of trusting the figures."""
-        if self.variation > UNSTABLE:
-            return [
-                f"unstable: times vary by {self.variation:.0%}; other load on the machine? use the median or minimum"
-            ]
+        if self.spread > UNSTABLE:
+            return [f"unstable: its turns differ by {self.spread:.0%}; other load on the machine? trust the minimum"]
         return []
 
 
-def measure(engines: Mapping[str, Callable[[], object]], warmup: float, duration: float) -> dict[str, Latency]:
-    """Time each engine for `duration` seconds after `warmup` seconds, in interleaved rounds."""
-    for run in engines.values():
-        _run_for(run, warmup)
-    times: dict[str, list[float]] = {name: [] for name in engines}
-    for _ in range(ROUNDS):
-        for name, run in engines.items():
-            times[name] += _run_for(run, duration / ROUNDS)
-    return {name: Latency.of(seconds) for name, seconds in times.items()}
-
-
-def _run_for(run: Callable[[], object], duration: float) -> list[float]:
-    """Run at least once, until `duration` seconds are over."""
+def run_for(run: Callable[[], object], duration: float) -> list[float]:
+    """Run at least once, until `duration` seconds are over; gives the seconds of each run."""
     seconds = []
     end = time.perf_counter() + duration
     while True:
@@ -72,6 +65,14 @@ def _run_for(run: Callable[[], object], duration: float) -> list[float]:
         seconds.append(now - start)
         if now >= end:
             return seconds
+
+
+def quartiles(numbers: Sequence[float]) -> tuple[float, float, float]:
+    """Give the lower quartile, the median and the upper quartile; of a single number, itself."""
+    if len(numbers) == 1:
+        return numbers[0], numbers[0], numbers[0]
+    low, middle, high = statistics.quantiles(numbers, n=4, method="inclusive")
+    return low, middle, high
 
 
 def _percentile(ordered: Sequence[float], share: float) -> float:
