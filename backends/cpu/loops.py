@@ -107,7 +107,7 @@ def store(target: Any, value: Any, *indices: Any, lanes: int = 1) -> Any:
 def prefetch(source: Any, *indices: Any) -> Any:
     """Ask for the cache line of an element; an address beyond the buffer does no harm."""
     address = tirx.address_of(load(source, *indices))
-    read, keep_near, data = (tirx.const(number, "int32") for number in (0, 3, 1))
+    read, keep_near, data = (tirx.const(number, "int32") for number in (0, 2, 1))
     return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch.p0", address, read, keep_near, data))
 
 

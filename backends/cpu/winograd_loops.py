@@ -227,11 +227,15 @@ class WinogradLoops:
 
         step = math.gcd(block, UNROLL)
 
+        # The weights that are needed next: of the next vectors, after the last of the group those of the next position.
+        last = first + vectors >= self.params.group
+        next_position = tirx.Select(last, a * size + b + 1, a * size + b)
+        next_block = oc + tirx.Select(last, t.const(0), first + vectors)
+
         def ahead(channel: Any, k: Any) -> Any:
-            """Ask for the weights of the next vectors: hardware does so up to the end of a page only."""
-            return t.unrolled(
-                vectors, lambda v: t.prefetch(self.weight, a, b, oc + first + vectors + v, channel, k, 0), "v"
-            )
+            """Ask for weights early: hardware does so up to the end of a page only."""
+            at = (next_position // size, next_position % size)
+            return t.unrolled(vectors, lambda v: t.prefetch(self.weight, *at, next_block + v, channel, k, 0), "v")
 
         def channels(channel: Any) -> Any:
             def terms(k: Any) -> Any:
