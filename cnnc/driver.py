@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -42,8 +43,9 @@ class Options:
     `shapes` and `batch` fix sizes an ONNX model leaves open; `level` is the optimisation level 0..3; `passes`
     replaces the pipeline of that level; `dump_ir` is a folder for the IR after each pass that changed it;
     `exact` keeps convolutions to the very products of the definition, which forbids Winograd's algorithm;
-    `cache` off compiles every kernel anew; `name` is what the C functions begin with, by default the name of the
-    ONNX file or of the network.
+    `records` are the tuned schedules to use: the user's own (True), none (False), or those of a file; shipped ones
+    come after them; `cache` off compiles every kernel anew; `name` is what the C functions begin with, by default
+    the name of the ONNX file or of the network.
     """
 
     target: str = "cpu"
@@ -55,6 +57,7 @@ class Options:
     exact: bool = False
     dump_ir: Path | None = None
     limits: Limits = field(default_factory=Limits)
+    records: Path | bool = True
     cache: bool = True
     name: str | None = None
 
@@ -67,6 +70,7 @@ class Options:
             "level": self.level,
             "passes": self.passes,
             "exact": self.exact,
+            "records": self.records is not False,
             "shapes": shapes,
         }
 
@@ -109,6 +113,7 @@ def compile(
     exact: bool = False,
     dump_ir: str | os.PathLike[str] | None = None,
     limits: Limits | None = None,
+    records: str | os.PathLike[str] | bool = True,
     cache: bool = True,
     name: str | None = None,
     report: Report | None = None,
@@ -130,6 +135,7 @@ def compile(
         exact=exact,
         dump_ir=Path(dump_ir) if dump_ir is not None else None,
         limits=limits or Limits(),
+        records=records if isinstance(records, bool) else Path(records),
         cache=cache,
         name=name,
     )
@@ -165,14 +171,19 @@ def lower(graph: Graph, options: Options, report: Report) -> Lowered:
     from cnnc.backends.cache import DiskCache, ScheduleCache
     from cnnc.backends.cpu.identity import ScheduleMemory
     from cnnc.backends.cpu.templates import TEMPLATES
+    from cnnc.backends.records import tuned_records
     from cnnc.passes.pipeline import pipeline, run_pipeline
     from cnnc.passes.plan_memory import plan_memory
 
     _refuse_open_sizes(graph)
     target = Target.parse(options.target, options.threads)
-    memory = ScheduleMemory(ScheduleCache(DiskCache() if options.cache else None))
-    chosen = pipeline(options.level, TEMPLATES, options.passes, memory=memory, exact=options.exact)
+    disk = DiskCache() if options.cache else None
+    memory = ScheduleMemory(ScheduleCache(disk))
+    records = tuned_records(options.records, target, disk)
+    chosen = pipeline(options.level, TEMPLATES, options.passes, records, memory=memory, exact=options.exact)
     lowered = run_pipeline(graph, target, chosen, dump_dir=options.dump_ir, log=report.rewrites, timings=report.passes)
+    for note in records.notes:
+        warnings.warn(note, stacklevel=2)
     plan = plan_memory(lowered, target)
     return Lowered(lowered, plan, target)
 

@@ -93,7 +93,8 @@ class Tile(Pass):
     def _choose(self, node: Node, kernel: Fused, target: Target) -> Schedule:
         matching = [template for template in self.templates if template.matches(kernel, target)]
         names = {template.name for template in matching}
-        for known in (self.records(kernel, target), self.memory.recall(kernel, target)):
+        for ask in (self.records, self.memory.recall):
+            known = ask(kernel, target)
             if known is not None and known.template in names:
                 return known
         found = self._cheapest(node, kernel, matching, target)

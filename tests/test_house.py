@@ -45,5 +45,6 @@ def test_wheel_has_one_top_level_name_and_the_runtime(tmp_path: Path):
     assert {name for name in top if not name.endswith(".dist-info")} == {"cnnc"}
     for part in ("frontends/dsl/__init__.py", "passes/pipeline.py", "backends/cpu/build.py"):
         assert f"cnnc/{part}" in names
+    assert "cnnc/backends/cpu/records/x86-64-v3.jsonl" in names
     sources = {p.name for p in (ROOT / "backends/host/runtime").iterdir() if p.suffix in (".c", ".h")}
     assert sources <= {Path(name).name for name in names if "host/runtime" in name}

@@ -70,8 +70,13 @@ class ScheduleMemory:
 
     def recall(self, kernel: Fused, target: Target) -> Schedule | None:
         """Give the schedule an earlier compile found for the same kernel with the same compiler."""
-        return self._cache.get(kernel_key(kernel, target))
+        return self._cache.get(_search_key(kernel, target))
 
     def remember(self, kernel: Fused, target: Target, schedule: Schedule) -> None:
         """Keep a schedule for later compiles."""
-        self._cache.put(kernel_key(kernel, target), schedule)
+        self._cache.put(_search_key(kernel, target), schedule)
+
+
+def _search_key(kernel: Fused, target: Target) -> str:
+    """Digest what a search depends on: the cost models, unlike machine code, count with a number of threads."""
+    return hashlib.sha256(f"{kernel_key(kernel, target)}\0{target.threads}".encode()).hexdigest()

@@ -30,6 +30,17 @@ class Opened:
 def compile_options(function: F) -> F:
     """Add the options of a compile; they arrive as keyword arguments that `options_of` turns into `Options`."""
     added = [
+        click.option("--records", type=click.Path(path_type=Path), help="Tuned records to use instead of your own."),
+        click.option("--no-records", is_flag=True, help="Choose every schedule by the cost models alone."),
+    ]
+    for decorate in reversed(added):
+        function = decorate(function)
+    return model_options(function)
+
+
+def model_options(function: F) -> F:
+    """Add the options of a compile but those about tuned records."""
+    added = [
         click.option("--target", default="cpu", show_default=True, help="cpu, or cpu:NAME such as cpu:x86-64-v3."),
         click.option("--shape", "shapes", multiple=True, metavar="x=1x3x224x224", help="Fix an input's shape."),
         click.option("--batch", type=click.IntRange(min=1), help="Fix the batch size where the model leaves it open."),
@@ -63,6 +74,7 @@ def options_of(arguments: dict[str, Any]) -> Options:
         passes=arguments["passes"],
         exact=arguments["exact"],
         dump_ir=arguments["dump_ir"],
+        records=_records_of(arguments),
         cache=not arguments["no_cache"],
     )
 
@@ -86,12 +98,20 @@ def open_model(model: str, arguments: dict[str, Any], name: str | None = None) -
             passes=options.passes,
             exact=options.exact,
             dump_ir=options.dump_ir,
+            records=options.records,
             cache=options.cache,
             name=name,
             report=report,
             progress=phases,
         )
     return Opened(module, report, time.perf_counter() - start)
+
+
+def _records_of(arguments: dict[str, Any]) -> Path | bool:
+    chosen: Path | None = arguments.get("records")
+    if chosen is not None and arguments.get("no_records"):
+        raise UsageError("--records and --no-records exclude each other")
+    return not arguments.get("no_records") if chosen is None else chosen
 
 
 def _parse_shape(text: str) -> tuple[str, tuple[int, ...]]:

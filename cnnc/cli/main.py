@@ -14,7 +14,7 @@ import click
 import cnnc
 from cnnc.errors import CnncError
 
-VERBS = ("compile", "run", "bench", "profile", "verify", "inspect", "opt", "ops", "doctor", "cache")
+VERBS = ("compile", "run", "bench", "profile", "verify", "tune", "inspect", "opt", "ops", "doctor", "cache")
 _INTERNAL = 70
 _INTERRUPTED = 130
 

@@ -20,6 +20,7 @@ from cnnc.target import Target
 def command(model: str | None, list_passes: bool, print_after_each: bool, **arguments: Any) -> None:
     """Run passes on MODEL (net.ir, net.onnx, file.py:network) and print the IR."""
     from cnnc.backends.cpu.templates import TEMPLATES
+    from cnnc.backends.records import tuned_records
     from cnnc.passes.pipeline import pipeline, run_pipeline
     from cnnc.passes.registry import PASSES
 
@@ -32,7 +33,8 @@ def command(model: str | None, list_passes: bool, print_after_each: bool, **argu
     options = options_of(arguments)
     graph = load_graph(model, options)
     target = Target.parse(options.target)
-    for step in pipeline(options.level, TEMPLATES, options.passes, exact=options.exact):
+    records = tuned_records(options.records, target)
+    for step in pipeline(options.level, TEMPLATES, options.passes, records, exact=options.exact):
         graph = run_pipeline(graph, target, [step])
         if print_after_each:
             click.echo(f"; after {step.name}\n{print_graph(graph)}")

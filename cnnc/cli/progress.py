@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 
 from rich.console import Console
@@ -31,3 +32,38 @@ class Phases:
         if phase not in self._tasks:
             self._tasks[phase] = self._bars.add_task(phase, total=total)
         self._bars.update(self._tasks[phase], completed=done, total=total)
+
+
+class Search:
+    """Shows how far a search is, what it is at, and how long it will take yet; it ends after `limit` seconds."""
+
+    def __init__(self, limit: float) -> None:
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        end = TextColumn("{task.fields[left]}")
+        self._bars = Progress(*columns, TimeElapsedColumn(), end, console=console, disable=not console.is_terminal)
+        self._task: TaskID | None = None
+        self._start = time.monotonic()
+        self._limit = limit
+
+    def __enter__(self) -> Search:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def __call__(self, text: str, done: int, total: int) -> None:
+        """Show that `done` of `total` steps are over, and what is at work."""
+        if self._task is None:
+            self._task = self._bars.add_task(text, total=total, left="")
+        left = seconds_left(done, total, time.monotonic() - self._start, self._limit)
+        self._bars.update(self._task, description=text, completed=done, total=total, left=f"{left:.0f} s left")
+
+
+def seconds_left(done: int, total: int, elapsed: float, limit: float) -> float:
+    """Estimate the seconds to the end, at the pace so far or at the limit."""
+    pace = elapsed / done if done else 0.0
+    return max(min(pace * (total - done), limit - elapsed), 0.0)
