@@ -231,11 +231,12 @@ def _pool(b: Builder) -> str:
         # Every window must see something: what it is otherwise differs between engines.
         if reach > size + pads[axis] + pads[rank + axis] or max(pads[axis], pads[rank + axis]) >= size:
             raise Misfit
+    shape = (*b.shapes[x][:2], *_pooled(b.shapes[x][2:], **attributes))
     if b.chance(0.5):
         y = b.add("MaxPool", x, **attributes)
     else:
         y = b.add("AveragePool", x, count_include_pad=b.between(0, 1), **attributes)
-    b.shapes[y] = (*b.shapes[x][:2], *_pooled(b.shapes[x][2:], **attributes))
+    b.shapes[y] = shape
     return y
 
 
@@ -246,14 +247,20 @@ def _pooled(
     pads: Sequence[int] = (),
     ceil_mode: int = 0,
 ) -> list[int]:
-    """Give the output sizes: no window may start in the padding after the image, which onnx's inference forgets."""
+    """Give the output sizes.
+
+    No window may start in the padding after the image, which onnx's inference forgets: where that matters, ONNX
+    Runtime refuses the model for the sizes it infers behind it.
+    """
     rank = len(sizes)
     made = []
     for axis, (size, k, s) in enumerate(zip(sizes, kernel_shape, strides, strict=True)):
         low, high = (pads[axis], pads[rank + axis]) if pads else (0, 0)
         free = size + low + high - k
         count = (-(-free // s) if ceil_mode else free // s) + 1
-        made.append(count - 1 if ceil_mode and (count - 1) * s >= size + low else count)
+        if ceil_mode and (count - 1) * s >= size + low:
+            raise Misfit
+        made.append(count)
     return made
 
 
