@@ -107,6 +107,12 @@ class Functions:
         """Error function."""
         return self._vectorised("erf", x)
 
+    def gelu(self, x: Expr) -> Expr:
+        """x / 2 * (1 + erf(x / sqrt 2))."""
+        if x.dtype is DType.F64:
+            return x * 0.5 * (self.erf(x * math.sqrt(0.5)) + 1.0)
+        return self._vectorised("gelu", x)
+
     def sigmoid(self, x: Expr) -> Expr:
         """1 / (1 + e**-x)."""
         if x.dtype is DType.F64:

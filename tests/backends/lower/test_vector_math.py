@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,7 +95,47 @@ def test_errors_are_as_stated(target: Target, tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.signbit(y[signed]), np.signbit(exact[signed]), name)
 
 
-@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_gelu_is_as_exact_as_its_argument(target: Target, tmp_path: Path) -> None:
+    kernels = compile_kernels([KernelJob(_function("gelu"), "kernel_gelu")], target)
+    x = aligned(_sample())
+    y = poisoned(x.shape, x.dtype)
+    run(link(kernels, tmp_path), kernels[0], [x, y])
+    finite = np.isfinite(x)
+    share = 0.5 * np.vectorize(math.erfc, otypes=[np.float64])(-x[finite].astype(np.float64) * math.sqrt(0.5))
+    with np.errstate(all="ignore"):
+        errors = np.abs(y[finite] - x[finite] * share) / np.spacing(np.abs(x[finite]))
+    assert errors.max() <= 3
+    assert (y[finite & (x < -5.43)] == 0).all()
+    assert np.isnan(y[np.isnan(x) | (x == -np.inf)]).all()
+    assert (y[x == np.inf] == np.inf).all()
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_the_terms_of_a_softmax(target: Target, tmp_path: Path) -> None:
+    load_tvm()
+    from cnnc.backends.cpu import loops
+    from cnnc.backends.lower.vector_math import exp_nonpositive
+
+    x, y = loops.buffer("x", (LENGTH,)), loops.buffer("y", (LENGTH,))
+
+    def vector(index: Any) -> Any:
+        return loops.store(y, exp_nonpositive(loops.load(x, index * 8, lanes=8)), index * 8, lanes=8)
+
+    func = loops.function([x, y], loops.parallel(LENGTH // 8, vector))
+    kernels = compile_kernels([KernelJob(func, "kernel_exp_nonpositive")], target)
+    given = aligned(-np.abs(_sample()))
+    got = poisoned(given.shape, given.dtype)
+    run(link(kernels, tmp_path), kernels[0], [given, got])
+    with np.errstate(all="ignore"):
+        exact = np.exp(given.astype(np.float64))
+    large = ~(given < -87)
+    assert (got[~large] == 0).all()
+    assert _units(got[large], exact[large]).max() <= 1.0
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(given))
+
+
+@pytest.mark.parametrize("name", [*REFERENCES, "gelu"])
 @pytest.mark.parametrize("arch", ["x86-64-v3", "x86-64-v4"])
 def test_no_lane_is_computed_alone(name: str, arch: str) -> None:
     assembly = kernel_text(_function(name), "kernel", Target.parse(f"cpu:{arch}"), "s")
@@ -109,4 +150,4 @@ def test_the_table_is_complete() -> None:
     load_tvm()
     from cnnc.backends.lower import vector_math
 
-    assert set(REFERENCES) == set(vector_math.FUNCTIONS)
+    assert {*REFERENCES, "gelu"} == set(vector_math.FUNCTIONS)
