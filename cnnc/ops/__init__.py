@@ -4,6 +4,7 @@ Importing this package registers every operator and every ONNX reader; it needs 
 """
 
 from cnnc.ops import einsum, identity, onehot  # noqa: F401  (ONNX readers without an operator of their own)
+from cnnc.ops.attention import Attention
 from cnnc.ops.binary import (
     Add,
     BitShift,
@@ -112,6 +113,7 @@ __all__ = [
     "Asinh",
     "Atan",
     "Atanh",
+    "Attention",
     "AveragePool",
     "BatchNorm",
     "BitShift",

@@ -11,10 +11,11 @@ import numpy as np
 from cnnc.errors import ShapeError
 from cnnc.ir.build import call
 from cnnc.ir.graph import Value
+from cnnc.ir.layout import Layout
 from cnnc.ir.literal import Literal
 from cnnc.ir.op import Example, ForeignNode, Kind, Op, onnx
 from cnnc.ir.types import Dim, DType, Size, TensorType
-from cnnc.ops.blocked import fixed, tensor
+from cnnc.ops.blocked import fixed, plain_only, tensor, weight_layout
 from cnnc.ops.broadcast import broadcast_shapes, widen, working_dtype
 from cnnc.ops.numeric import cast_to, check_floats, check_same_dtype, check_vector, narrow
 from cnnc.ops.source import Constant, constant
@@ -40,6 +41,13 @@ class Dense(Op):
             raise ShapeError(f"{self.name}: weight takes {w.shape[1]} features but x : {x} has {x.shape[-1]}")
         check_vector(self.name, "bias", b, w.shape[0], "output feature")
         return x.with_shape((*x.shape[:-1], w.shape[0]))
+
+    def infer_layout(self, x: TensorType, w: TensorType, b: TensorType | None = None) -> tuple[Layout | None, ...]:
+        """Take plain tensors; the weight may be packed in blocks of outputs, `OI8o`."""
+        plain_only(self.name, x=x, bias=b)
+        if w.layout is not None and w.layout != weight_layout(2, 1, w.layout.block("O")):
+            raise ShapeError(f"{self.name}: weight is in layout {w.layout}; it must be plain or such as OI8o")
+        return (None,)
 
     def reference(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None = None) -> np.ndarray:
         """Multiply, then add the bias."""

@@ -227,7 +227,7 @@ class Gelu(_Unary):
 
     def _expression(self, te: Any, dtype: DType, x: Any) -> Any:
         if self.approximate == "none":
-            return x * 0.5 * (te.erf(x * math.sqrt(0.5)) + 1)
+            return te.gelu(x)
         return x * 0.5 * (te.tanh((x + x * x * x * 0.044715) * math.sqrt(2 / math.pi)) + 1)
 
     @classmethod
