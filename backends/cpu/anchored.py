@@ -17,7 +17,7 @@ from cnnc.target import Target
 if TYPE_CHECKING:
     from cnnc.backends.cpu.body import Body
 
-__all__ = ["anchor_of", "body_of", "machine_of", "params_of", "schedule_of"]
+__all__ = ["anchor_of", "body_after", "body_of", "machine_of", "params_of", "schedule_of"]
 
 Params = TypeVar("Params")
 
@@ -86,6 +86,21 @@ def body_of(kernel: Fused, anchor: Node) -> Body:
     placeholders = dict(zip(kernel.body.inputs, lowered.inputs, strict=True))
     operands = tuple(placeholders[value] for value in anchor.inputs)
     return Body(lowered.inputs, operands, _reduction(final), final, _guards_lanes_only(kernel, anchor))
+
+
+def body_after(kernel: Fused, anchor: Node) -> Body:
+    """Give the tensor expressions of what follows the anchor, which the template computes whole, of any stages."""
+    from tvm import te
+
+    from cnnc.backends.cpu.body import Body
+    from cnnc.backends.lower.kernel import lower_values, placeholder
+
+    inputs = {value: placeholder(value.type, f"x{i}") for i, value in enumerate(kernel.body.inputs)}
+    result = te.placeholder(anchor.types[0].physical_shape, name="anchor")
+    (output,) = kernel.body.outputs
+    final = lower_values([output], {**inputs, anchor.values[0]: result})[output]
+    operands = tuple(inputs[value] for value in anchor.inputs)
+    return Body(tuple(inputs.values()), operands, result, final, _guards_lanes_only(kernel, anchor))
 
 
 def _guards_lanes_only(kernel: Fused, anchor: Node) -> bool:

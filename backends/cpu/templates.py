@@ -5,9 +5,11 @@ The tile pass takes, for each kernel, the cheapest schedule of the templates tha
 
 from __future__ import annotations
 
+from cnnc.backends.cpu.attention import AttentionTemplate
 from cnnc.backends.cpu.conv_direct import ConvDirect
 from cnnc.backends.cpu.depthwise import Depthwise
 from cnnc.backends.cpu.gemm import DenseTemplate
+from cnnc.backends.cpu.gemm_packed import PackedDense
 from cnnc.backends.cpu.generic import Generic
 from cnnc.backends.cpu.pool import GlobalPool, Pool
 from cnnc.backends.cpu.template import Template
@@ -21,6 +23,8 @@ TEMPLATES: tuple[Template, ...] = (
     Pool(),
     GlobalPool(),
     DenseTemplate(),
+    PackedDense(),
+    AttentionTemplate(),
     Generic(),
 )
 
