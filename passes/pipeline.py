@@ -26,6 +26,9 @@ from cnnc.passes.fold_batch_norm import FoldBatchNorm
 from cnnc.passes.fold_constants import FoldConstants
 from cnnc.passes.fold_pad import FoldPad
 from cnnc.passes.fuse import Fuse
+from cnnc.passes.fuse_attention import FuseAttention
+from cnnc.passes.pack_weights import PackWeights
+from cnnc.passes.push_slices import PushSlices
 from cnnc.passes.registry import Pass, parse_passes
 from cnnc.passes.simplify import Simplify
 from cnnc.passes.tile import KernelTemplate, Memory, NoMemory, Records, Tile, no_records
@@ -61,11 +64,12 @@ def pipeline(
     tile = Tile(**handed_in)
     if level == 0:
         return (FoldConstants(), Fuse(grow=False), tile)
-    chosen: list[Pass] = [Simplify(), FoldConstants(), FoldBatchNorm(), FoldPad(), Simplify(), FoldConstants(), Cse()]
+    chosen: list[Pass] = [Simplify(), FoldConstants(), FoldBatchNorm(), FoldPad(), FuseAttention()]
+    chosen += [Simplify(), PushSlices(), FoldConstants(), Cse()]
     if level >= 3:
         chosen += [ChooseAlgorithm(exact=exact), FoldConstants()]
     if level >= 2:
-        chosen += [AssignLayouts(), Cse()]
+        chosen += [AssignLayouts(), PackWeights(), Cse()]
     return (*chosen, Fuse(), tile)
 
 
