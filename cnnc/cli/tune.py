@@ -83,7 +83,7 @@ def _search(
     with Search(deadline - time.monotonic()) as search:
 
         def show(step: Step) -> None:
-            search(f"{_layers(step.kernel)} {step.ratio:.2f}x", step.done, step.total)
+            search(f"{step.kernel.layers[0]} {step.ratio:.2f}x", step.done, step.total)
 
         found = tune(
             *(kernels, target, path),

@@ -1,8 +1,9 @@
 """Search for the fastest schedules of a network's kernels by measuring them, and keep what is found.
 
 Kernels come in the order of their share of the run time.  Of each the candidates are measured beside the default, the
-choice of the cost models; the best few once more, in more rounds, so that luck does not decide.  Every kernel's record
-is written as soon as it stands.
+choice of the cost models; the best few once more, in more rounds, so that luck does not decide.  A binary runs with any
+number of threads, so what divides among more of them clearly worse than the default is no candidate, however fast it is
+on those there are.  Every kernel's record is written as soon as it stands.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ FAR_BYTES = 4
 
 CHECK = "check_indices"
 """What the program calls its own kernels, that belong to no node."""
+
+MORE_THREADS = (2, 4, 8)
+
+UNEVEN = 1.15
+"""The time of the slowest thread over the mean that any candidate may have with more threads."""
 
 WORTH = 0.985
 """A schedule replaces the default if it takes less than this share of its time: less is noise."""
@@ -167,6 +173,7 @@ class _Search:
         self._deadline = deadline
         self._timings: dict[Schedule, Timing] = {}
         self._faults: Faults = {}
+        self._seen = {kernel.schedules[0].schedule}
         self._complete = False
         seed = int(np.random.default_rng().integers(2**31))
         self._bench = KernelBench(kernel.kernel, target, kernel.setting, seed)
@@ -180,14 +187,13 @@ class _Search:
         yield 1, 1.0
         first = first_candidates(self._kernel.schedules, max(self._candidates * 2 // 3, 2))
         yield from self._measure(first[1:])
-        known = {self._default.schedule, *self._timings, *self._faults}
-        near = neighbours(self._kernel.schedules, self._best(), known, self._candidates - len(known))
+        near = neighbours(self._kernel.schedules, self._best(), self._seen, self._candidates - len(self._seen))
         yield from self._measure(near)
         self._complete = not self._is_late()
 
     def outcome(self) -> Outcome | None:
         """Give what was found; None where time ran out before anything was measured."""
-        if not self._timings and not self._complete:
+        if len(self._seen) == 1 and not self._complete:
             return None
         ahead = sorted((t for t in self._timings.values() if t.ratio < 1.0), key=lambda t: t.ratio)[:FINALISTS]
         candidates = [self._default, *(t.candidate for t in ahead)]
@@ -212,12 +218,15 @@ class _Search:
         for start in range(0, len(schedules), BATCH):
             if self._is_late():
                 return
-            compiled, faults = self._bench.compile(schedules[start : start + BATCH])
-            measured = self._bench.measure([self._default, *compiled], ROUNDS, BATCH_SECONDS)
+            batch = schedules[start : start + BATCH]
+            compiled, faults = self._bench.compile(batch)
+            even = [c for c in compiled if _divides_as_well(c.code.slices, self._default.code.slices)]
+            measured = self._bench.measure([self._default, *even], ROUNDS, BATCH_SECONDS)
             self._timings |= {t.candidate.schedule: t for t in measured.timings[1:]}
             self._faults |= faults | measured.faults
+            self._seen |= set(batch)
             ratios = [t.ratio for t in self._timings.values()]
-            yield 1 + len(self._timings) + len(self._faults), min(ratios, default=1.0)
+            yield len(self._seen), min(ratios, default=1.0)
 
     def _best(self) -> Schedule:
         ahead = [t for t in self._timings.values() if t.ratio < 1.0]
@@ -225,6 +234,15 @@ class _Search:
 
     def _is_late(self) -> bool:
         return time.monotonic() >= self._deadline
+
+
+def _divides_as_well(slices: int, default: int) -> bool:
+    """Whether so many slices keep more threads as busy as the default's, or nearly all of their time."""
+    return all(_unevenness(slices, n) <= max(_unevenness(default, n), UNEVEN) for n in MORE_THREADS)
+
+
+def _unevenness(slices: int, threads: int) -> float:
+    return -(-slices // threads) * threads / slices
 
 
 def _is_timed(kernel: Fused) -> bool:
