@@ -4,9 +4,9 @@
 
 for the cheapest algorithm of a table whose error stays within the budget.  `seconds` are relative estimates for one
 layer on one core; `error` is in units of the last place of the work done, max |y - exact| / (eps * sum |a||b|), as
-measured on 3x3 layers; the budget is 64.  What is not cheaper than the first of the table by a clear margin gives way
-to it.  Winograd's algorithms also differ in what they make of infinities, which turn into NaN wherever a tile holds
-one, and near the largest floats: `exact` forbids them.
+measured on the kernels the algorithm takes; the budget is 64.  What is not cheaper than the first of the table by a
+clear margin gives way to it.  Winograd's algorithms also differ in what they make of infinities, which turn into NaN
+wherever a tile holds one, and near the largest floats: `exact` forbids them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cnnc.ir.graph import Graph, Node, Value
 from cnnc.ir.rewrite import rewrite
 from cnnc.ir.types import DType
 from cnnc.ops.conv import Conv
-from cnnc.ops.winograd import KERNEL, WinogradWeight, winograd_tile
+from cnnc.ops.winograd import WinogradWeight, is_supported, transforms, winograd_tile
 from cnnc.passes.constants import array_of
 from cnnc.passes.registry import Pass
 from cnnc.target import Target
@@ -77,30 +77,41 @@ def _direct_seconds(node: Node, target: Target) -> float:
     return _together(flops / (2 * target.vector_lanes * FMA_A_SECOND), weights / BYTES_A_SECOND)
 
 
+def _stride(node: Node) -> tuple[int, ...]:
+    return node.op.stride if isinstance(node.op, Conv) else ()
+
+
 def _winograd_seconds(tile: int) -> Seconds:
     """Count the products of each position of each tile, and the transforms."""
-    positions = (tile + KERNEL - 1) ** 2
 
     def seconds(node: Node, target: Target) -> float:
         n, oc, height, width = node.types[0].static_shape
-        ic = node.inputs[1].type.static_shape[1]
+        _, ic, *kernel = node.inputs[1].type.static_shape
+        vertical, horizontal = transforms(tile, kernel, _stride(node))
         ic_blocks, oc_blocks = _blocks(ic, target), _blocks(oc, target)
-        tiles = n * -(-height // tile) * -(-width // tile)
+        tiles = n * -(-height // vertical.tile) * -(-width // horizontal.tile)
         products = 1.06 * ic_blocks * target.vector_lanes * oc_blocks
-        work = tiles * positions * (products + DATA_FMA * ic_blocks + OUTPUT_FMA * oc_blocks)
-        return _together(work / FMA_A_SECOND, 4 * positions * ic * oc / BYTES_A_SECOND)
+        work = vertical.positions * horizontal.positions * (products + DATA_FMA * ic_blocks + OUTPUT_FMA * oc_blocks)
+        weights = 4 * vertical.weights * horizontal.weights * ic * oc
+        return _together(tiles * work / FMA_A_SECOND, weights / BYTES_A_SECOND)
 
     return seconds
 
 
-def _winograd_applies(node: Node) -> bool:
-    """Whether it is a float32 image convolution 3x3 of stride 1 with known, finite weights and enough channels."""
-    op, x, w = node.op, node.inputs[0].type, array_of(node.inputs[1])
-    if not isinstance(op, Conv) or w is None or not x.is_static or x.rank != 4 or x.dtype is not DType.F32:
-        return False
-    if w.shape[2:] != (KERNEL, KERNEL) or any(s != 1 for s in (*op.stride, *op.dilation, op.groups)):
-        return False
-    return min(w.shape[:2]) >= FEWEST_CHANNELS and node.types[0].elements > 0 and bool(np.isfinite(w).all())
+def _winograd_applies(tile: int) -> Applies:
+    """Say of a float32 image convolution whether it has known, finite weights, matrices and enough channels."""
+
+    def applies(node: Node) -> bool:
+        op, x, w = node.op, node.inputs[0].type, array_of(node.inputs[1])
+        if not isinstance(op, Conv) or w is None or not x.is_static or x.rank != 4 or x.dtype is not DType.F32:
+            return False
+        if max(w.shape[2:]) == 1 or any(s != 1 for s in (*op.dilation, op.groups)):
+            return False
+        if not all(map(is_supported, (tile,) * 2, w.shape[2:], op.stride)):
+            return False
+        return min(w.shape[:2]) >= FEWEST_CHANNELS and node.types[0].elements > 0 and bool(np.isfinite(w).all())
+
+    return applies
 
 
 FEWEST_CHANNELS = 16
@@ -108,8 +119,8 @@ FEWEST_CHANNELS = 16
 
 ALGORITHMS: tuple[Algorithm, ...] = (
     Algorithm("direct", error=2.2, applies=lambda node: True, seconds=_direct_seconds, exact=True),
-    Algorithm("winograd2", error=1.4, applies=_winograd_applies, seconds=_winograd_seconds(2)),
-    Algorithm("winograd4", error=8.0, applies=_winograd_applies, seconds=_winograd_seconds(4)),
+    Algorithm("winograd2", error=6.0, applies=_winograd_applies(2), seconds=_winograd_seconds(2)),
+    Algorithm("winograd4", error=24.0, applies=_winograd_applies(4), seconds=_winograd_seconds(4)),
 )
 """The table: a new algorithm is a line here and a template in the back end."""
 
@@ -133,7 +144,7 @@ class ChooseAlgorithm(Pass):
                     if conv.algorithm == best:
                         return None
                     tile = winograd_tile(best)
-                    weight = w if tile is None else call(WinogradWeight(tile), w)
+                    weight = w if tile is None else call(WinogradWeight(tile, (conv.stride[0], conv.stride[1])), w)
                     return call(replace(conv, algorithm=best), x, weight, *bias)
             return None
 

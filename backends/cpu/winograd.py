@@ -1,6 +1,6 @@
-"""Winograd convolution F(m x m, 3 x 3) on blocked channels (NCHWc): 3x3 kernels, stride 1, any padding.
+"""Winograd convolution on blocked channels (NCHWc): the kernels and strides that have matrices, any padding.
 
-    y = A' [sum over c of (B' x[c] B) * u[o, c]] A     for each tile of m x m outputs, u = G w G'
+    y = A' [sum over c of (B' x[c] D) * u[o, c]] C     for each tile of m x m outputs, u = G w H'
 
 A slice transforms a chunk of tiles, which stay in L2, multiplies them position by position by the transformed
 weights in register tiles of `pixels` tiles times some blocks of output channels, and transforms the sums back, the
@@ -12,6 +12,7 @@ section 4, without its barriers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -62,7 +63,7 @@ def space(shape: WinogradShape, machine: Machine) -> Iterator[WinogradParams]:
 
 def cost(shape: WinogradShape, params: WinogradParams, machine: Machine) -> float:
     """Estimate the seconds the kernel takes on all threads of the machine."""
-    conv, positions = shape.conv, shape.size**2
+    conv, positions = shape.conv, shape.positions
     channels = conv.ic_blocks * conv.block
     blocks = conv.oc_blocks // params.oc_slices
     chunks = -(-shape.tiles // params.tiles)
@@ -72,13 +73,13 @@ def cost(shape: WinogradShape, params: WinogradParams, machine: Machine) -> floa
     transforms = positions * params.tiles * (INPUT_CYCLES * conv.ic_blocks + OUTPUT_CYCLES * blocks)
     compute = products + transforms
 
-    weights = 4.0 * positions * channels * blocks * conv.block
+    weights = 4.0 * shape.vertical.weights * shape.horizontal.weights * channels * blocks * conv.block
     data = 4.0 * positions * channels * params.tiles
     sums = 4.0 * positions * params.tiles * params.group * conv.block
     slab = 4.0 * channels * conv.block * min(params.group, 3)
     readings = sum(count for _, count in even_split(params.tiles, params.pixels)) if slab > machine.l1 else 1
     near = (weights * readings + data * groups) / machine.l2_bytes
-    far = 4.0 * shape.tile**2 * params.tiles * (channels + blocks * conv.block)
+    far = 4.0 * shape.outputs * params.tiles * (channels * math.prod(conv.stride) + blocks * conv.block)
     if weights + data + sums > 0.8 * machine.l2:
         far += weights
     if data + sums > 0.8 * machine.l2:
@@ -167,5 +168,8 @@ def _shape_of(kernel: Fused, target: Target) -> WinogradShape | None:
     if tile is None or x.layout != channel_layout(4, block) or u.layout != winograd_layout(block, block):
         return None
     n, ic, height, width = x.static_shape
+    kh, kw = op.window(u).kernel
     pad = (op.pad[0], op.pad[1], op.pad[2], op.pad[3])
-    return WinogradShape(ConvShape(n, ic, height, width, u.static_shape[0], 3, 3, pad=pad, block=block), tile)
+    stride = (op.stride[0], op.stride[1])
+    conv = ConvShape(n, ic, height, width, u.static_shape[0], kh, kw, stride=stride, pad=pad, block=block)
+    return WinogradShape(conv, tile)

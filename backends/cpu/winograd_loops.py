@@ -14,7 +14,7 @@ from cnnc.backends.cpu.body import Body
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.segments import even_split
 from cnnc.backends.cpu.winograd_shape import WinogradParams, WinogradShape
-from cnnc.ops.winograd import transform
+from cnnc.ops.winograd import Transform
 
 __all__ = ["WinogradLoops"]
 
@@ -33,13 +33,14 @@ class WinogradLoops:
         self.body = body.bind(shape.conv.output_shape)
         self.x, self.weight = self.body.operands[:2]
         self.y = self.body.output()
-        block = shape.conv.block
-        size = shape.size
-        self.data = loops.buffer("data", (size * size, shape.data_rows(params.tiles), block))
-        self.products = loops.buffer("products", (params.group, params.tiles, size * size, block))
-        self.patch = loops.buffer("patch", (size * size, block), scope="local")
-        self.half = loops.buffer("half", (size * size, block), scope="local")
-        self.result = loops.buffer("result", (shape.tile * shape.tile, block), scope="local")
+        block, positions = shape.conv.block, shape.positions
+        self.vertical, self.horizontal = v, h = shape.vertical, shape.horizontal
+        self.data = loops.buffer("data", (positions, shape.data_rows(params.tiles), block))
+        self.products = loops.buffer("products", (params.group, params.tiles, positions, block))
+        self.patch = loops.buffer("patch", (v.inputs * h.inputs, block), scope="local")
+        half = max(v.positions * h.inputs, v.tile * h.positions)
+        self.half = loops.buffer("half", (half, block), scope="local")
+        self.result = loops.buffer("result", (shape.outputs, block), scope="local")
 
     def function(self) -> Any:
         """Make the PrimFunc."""
@@ -76,12 +77,12 @@ class WinogradLoops:
 
     def _inputs(self, first: Any, tiles: Any) -> Any:
         """Transform the input tiles of a chunk; the rest of its last register tile repeats the last."""
-        t, shape = self.t, self.shape
+        t, shape, v, h = self.t, self.shape, self.vertical, self.horizontal
 
         def one(channel: Any, number: Any) -> Any:
             last = tirx.min(first + number, t.const(shape.tiles - 1))
             image, tile_row, tile_column = self._place(last)
-            row, column = tile_row * shape.tile - shape.conv.pad[0], tile_column * shape.tile - shape.conv.pad[1]
+            row, column = tile_row * v.step - shape.conv.pad[0], tile_column * h.step - shape.conv.pad[1]
             at = (image, channel)
             into = channel * self.params.tiles + number
 
@@ -89,11 +90,9 @@ class WinogradLoops:
                 return t.load(self.x, *at, row + r, column + s, 0, lanes=shape.conv.block)
 
             def from_patch(r: int, s: Any) -> Any:
-                return t.load(self.patch, r * shape.size + s, 0, lanes=shape.conv.block)
+                return t.load(self.patch, r * h.inputs + s, 0, lanes=shape.conv.block)
 
-            inside = tirx.all(
-                row >= 0, column >= 0, row + shape.size <= shape.conv.h, column + shape.size <= shape.conv.w
-            )
+            inside = tirx.all(row >= 0, column >= 0, row + v.inputs <= shape.conv.h, column + h.inputs <= shape.conv.w)
             border = t.sequence(self._gather(at, row, column), self._transform_input(from_patch, into))
             if not shape.has_inner_tiles:
                 return border
@@ -123,67 +122,68 @@ class WinogradLoops:
 
     def _gather(self, at: tuple[Any, Any], row: Any, column: Any) -> Any:
         """Copy a tile that overlaps the padding, with zeros there."""
-        t, shape = self.t, self.shape
-        size, block = shape.size, shape.conv.block
+        t, conv, v, h = self.t, self.shape.conv, self.vertical, self.horizontal
+        block = conv.block
         zero = tirx.Broadcast(tirx.const(0.0, "float32"), block)
 
-        def range_of(start: Any, extent: int) -> tuple[Any, Any]:
+        def range_of(start: Any, size: int, extent: int) -> tuple[Any, Any]:
             first = tirx.max(t.const(0), -start)
             return first, tirx.max(tirx.min(t.const(size), extent - start) - first, t.const(0))
 
-        top, height = range_of(row, shape.conv.h)
-        left, width = range_of(column, shape.conv.w)
+        top, height = range_of(row, v.inputs, conv.h)
+        left, width = range_of(column, h.inputs, conv.w)
 
         def copy(r: Any, s: Any) -> Any:
             value = t.load(self.x, *at, row + r, column + s, 0, lanes=block)
-            return t.store(self.patch, value, r * size + s, 0, lanes=block)
+            return t.store(self.patch, value, r * h.inputs + s, 0, lanes=block)
 
         return t.sequence(
-            t.loop(size * size, lambda i: t.store(self.patch, zero, i, 0, lanes=block), "position"),
+            t.loop(v.inputs * h.inputs, lambda i: t.store(self.patch, zero, i, 0, lanes=block), "position"),
             t.loop(height, lambda r: t.loop(width, lambda s: copy(r, s), "s", left), "r", top),
         )
 
     def _transform_input(self, read: Any, into: Any) -> Any:
-        """Write B' x B of one tile, its columns first, then its rows."""
-        t, size, block = self.t, self.shape.size, self.shape.conv.block
-        matrix = transform(self.shape.tile).data
+        """Write B' x D of one tile, its columns first, then its rows."""
+        t, v, h, block = self.t, self.vertical, self.horizontal, self.shape.conv.block
 
         def column(s: Any) -> Any:
-            values = [read(r, s) for r in range(size)]
+            sums = _transformed(v, [read(r, s) for r in range(v.inputs)])
             return t.sequence(
-                *(
-                    t.store(self.half, _by_parity(row, values), a * size + s, 0, lanes=block)
-                    for a, row in enumerate(matrix)
-                )
+                *(t.store(self.half, value, a * h.inputs + s, 0, lanes=block) for a, value in enumerate(sums))
             )
 
         def row(a: Any) -> Any:
-            values = [t.load(self.half, a * size + s, 0, lanes=block) for s in range(size)]
+            sums = _transformed(h, [t.load(self.half, a * h.inputs + s, 0, lanes=block) for s in range(h.inputs)])
             return t.sequence(
-                *(
-                    t.store(self.data, _by_parity(row, values), a * size + b, into, 0, lanes=block)
-                    for b, row in enumerate(matrix)
-                )
+                *(t.store(self.data, value, a * h.positions + b, into, 0, lanes=block) for b, value in enumerate(sums))
             )
 
-        return t.sequence(t.loop(size, column, "s"), t.loop(size, row, "a"))
+        return t.sequence(t.loop(h.inputs, column, "s"), t.loop(v.positions, row, "a"))
 
     # The products, one matrix product for each position in a tile
 
     def _products(self, oc: Any, tiles: Any) -> Any:
         """Multiply, position by position, the transformed tiles by the weights of a group of output channels."""
-        t, size = self.t, self.shape.size
 
-        def position(a: Any, b: Any) -> Any:
+        def one(position: Any) -> Any:
             statements, start = [], 0
             for pixels, count in self._segments():
-                statements.append(self._parts(oc, (a, b), start, pixels, self._needed(tiles, start, pixels, count)))
+                statements.append(self._parts(oc, position, start, pixels, self._needed(tiles, start, pixels, count)))
                 start += pixels * count
-            return t.sequence(*statements)
+            return self.t.sequence(*statements)
 
-        return t.loop(size, lambda a: t.loop(size, lambda b: position(a, b), "b"), "a")
+        return self.t.loop(self.shape.positions, one, "position")
 
-    def _parts(self, oc: Any, position: tuple[Any, Any], start: int, pixels: int, count: Any) -> Any:
+    def _weight_at(self, position: Any) -> tuple[Any, Any]:
+        """Give the place of a position's weights; the last positions of an axis may share theirs."""
+        v, h = self.vertical, self.horizontal
+
+        def shared(axis: Transform, index: Any) -> Any:
+            return index if axis.positions == axis.weights else tirx.min(index, self.t.const(axis.weights - 1))
+
+        return shared(v, position // h.positions), shared(h, position % h.positions)
+
+    def _parts(self, oc: Any, position: Any, start: int, pixels: int, count: Any) -> Any:
         """Run over the register tiles: vectors outside, so that their weights stay near while tiles pass."""
         t = self.t
         statements, first = [], 0
@@ -201,12 +201,10 @@ class WinogradLoops:
             first += vectors * parts
         return t.sequence(*statements)
 
-    def _register_tile(
-        self, oc: Any, first: Any, position: tuple[Any, Any], tile: Any, pixels: int, vectors: int
-    ) -> Any:
+    def _register_tile(self, oc: Any, first: Any, position: Any, tile: Any, pixels: int, vectors: int) -> Any:
         t, shape = self.t, self.shape
-        block, size = shape.conv.block, shape.size
-        a, b = position
+        block = shape.conv.block
+        weights = self._weight_at(position)
         sums = t.buffer("sums", (vectors, pixels, block), scope="local")
         zero = tirx.Broadcast(tirx.const(0.0, "float32"), block)
 
@@ -215,8 +213,8 @@ class WinogradLoops:
 
         def reduce(channel: Any, k: Any) -> Any:
             def one(p: Any, v: Any) -> Any:
-                value = t.load(self.data, a * size + b, channel * self.params.tiles + tile + p, k)
-                weight = t.load(self.weight, a, b, oc + first + v, channel, k, 0, lanes=block)
+                value = t.load(self.data, position, channel * self.params.tiles + tile + p, k)
+                weight = t.load(self.weight, *weights, oc + first + v, channel, k, 0, lanes=block)
                 total = t.load(sums, v, p, 0, lanes=block) + tirx.Broadcast(value, block) * weight
                 return t.store(sums, total, v, p, 0, lanes=block)
 
@@ -229,12 +227,11 @@ class WinogradLoops:
 
         # The weights that are needed next: of the next vectors, after the last of the group those of the next position.
         last = first + vectors >= self.params.group
-        next_position = tirx.Select(last, a * size + b + 1, a * size + b)
+        at = self._weight_at(tirx.Select(last, position + 1, position))
         next_block = oc + tirx.Select(last, t.const(0), first + vectors)
 
         def ahead(channel: Any, k: Any) -> Any:
             """Ask for weights early: hardware does so up to the end of a page only."""
-            at = (next_position // size, next_position % size)
             return t.unrolled(vectors, lambda v: t.prefetch(self.weight, *at, next_block + v, channel, k, 0), "v")
 
         def channels(channel: Any) -> Any:
@@ -245,7 +242,7 @@ class WinogradLoops:
 
         def finish(v: Any, p: Any) -> Any:
             total = t.load(sums, v, p, 0, lanes=block)
-            return t.store(self.products, total, first + v, tile + p, a * size + b, 0, lanes=block)
+            return t.store(self.products, total, first + v, tile + p, position, 0, lanes=block)
 
         return t.sequence(
             t.alloc(sums),
@@ -258,18 +255,19 @@ class WinogradLoops:
 
     def _outputs(self, oc: Any, first: Any, tiles: Any) -> Any:
         """Transform the products of a group back, and store what lies inside the output."""
-        t, shape = self.t, self.shape
+        t, conv = self.t, self.shape.conv
+        height, width = self.vertical.tile, self.horizontal.tile
 
         def one(v: Any, number: Any) -> Any:
             image, tile_row, tile_column = self._place(first + number)
-            row, column = tile_row * shape.tile, tile_column * shape.tile
+            row, column = tile_row * height, tile_column * width
             return t.sequence(
                 self._transform_products(v, number),
                 t.loop(
-                    self._inside(row, shape.conv.oh),
+                    self._inside(row, height, conv.oh),
                     lambda i: t.loop(
-                        self._inside(column, shape.conv.ow),
-                        lambda j: self._store(i * shape.tile + j, (image, oc + v, row + i, column + j)),
+                        self._inside(column, width, conv.ow),
+                        lambda j: self._store(i * width + j, (image, oc + v, row + i, column + j)),
                         "j",
                     ),
                     "i",
@@ -278,35 +276,30 @@ class WinogradLoops:
 
         return t.loop(self.params.group, lambda v: t.loop(tiles, lambda i: one(v, i), "tile"), "v")
 
-    def _inside(self, start: Any, extent: int) -> Any:
+    def _inside(self, start: Any, tile: int, extent: int) -> Any:
         """Give how many of a tile's rows or columns from `start` on lie inside the output."""
-        tile = self.shape.tile
         return tile if extent % tile == 0 else tirx.min(self.t.const(tile), extent - start)
 
-    def _transform_products(self, v: Any, number: Any) -> Any:
-        """Write A' m A of one tile and one block of channels, the columns first, then the rows."""
-        t, size, tile, block = self.t, self.shape.size, self.shape.tile, self.shape.conv.block
-        matrix = transform(tile).output
+    def _transform_products(self, block_of_group: Any, number: Any) -> Any:
+        """Write A' m C of one tile and one block of channels, the columns first, then the rows."""
+        t, v, h, block = self.t, self.vertical, self.horizontal, self.shape.conv.block
 
         def column(b: Any) -> Any:
-            values = [t.load(self.products, v, number, a * size + b, 0, lanes=block) for a in range(size)]
+            at = (block_of_group, number)
+            values = [t.load(self.products, *at, a * h.positions + b, 0, lanes=block) for a in range(v.positions)]
+            sums = (_by_pairs(row, values) for row in v.output)
             return t.sequence(
-                *(
-                    t.store(self.half, _by_pairs(row, values), i * size + b, 0, lanes=block)
-                    for i, row in enumerate(matrix)
-                )
+                *(t.store(self.half, value, i * h.positions + b, 0, lanes=block) for i, value in enumerate(sums))
             )
 
         def row(i: Any) -> Any:
-            values = [t.load(self.half, i * size + b, 0, lanes=block) for b in range(size)]
+            values = [t.load(self.half, i * h.positions + b, 0, lanes=block) for b in range(h.positions)]
+            sums = (_by_pairs(row, values) for row in h.output)
             return t.sequence(
-                *(
-                    t.store(self.result, _by_pairs(row, values), i * tile + j, 0, lanes=block)
-                    for j, row in enumerate(matrix)
-                )
+                *(t.store(self.result, value, i * h.tile + j, 0, lanes=block) for j, value in enumerate(sums))
             )
 
-        return t.sequence(t.loop(size, column, "b"), t.loop(tile, row, "i"))
+        return t.sequence(t.loop(h.positions, column, "b"), t.loop(v.tile, row, "i"))
 
     def _store(self, position: Any, at: tuple[Any, Any, Any, Any]) -> Any:
         """Store one pixel of a block of channels, the epilogue applied; pad lanes are 0."""
@@ -333,6 +326,16 @@ def _sum(terms: Sequence[Any]) -> Any:
     for term in terms[1:]:
         total = total + term
     return total
+
+
+def _transformed(axis: Transform, values: Sequence[Any]) -> list[Any]:
+    """Write axis.data @ values."""
+    sums = []
+    for row in axis.data:
+        # All inputs of a filter are a stride apart; the others have no part in it.
+        phase = next(index for index, c in enumerate(row) if c) % axis.stride
+        sums.append(_by_parity(row[phase :: axis.stride], values[phase :: axis.stride]))
+    return sums
 
 
 def _by_parity(row: Sequence[Fraction], values: Sequence[Any]) -> Any:

@@ -5,32 +5,47 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cnnc.backends.cpu.conv_shape import ConvShape
-from cnnc.ops.winograd import KERNEL
+from cnnc.ops.winograd import Transform, transform
 
 __all__ = ["WinogradParams", "WinogradShape"]
 
 
 @dataclass(frozen=True)
 class WinogradShape:
-    """A 3x3 convolution of stride 1, computed in tiles of `tile` x `tile` outputs."""
+    """A convolution computed in tiles of `tile` outputs along each axis of more than one tap."""
 
     conv: ConvShape
     tile: int
 
     @property
-    def size(self) -> int:
-        """Rows, and columns, of an input tile."""
-        return self.tile + KERNEL - 1
+    def vertical(self) -> Transform:
+        """The filter along the rows' direction, from the top."""
+        return transform(self.tile, self.conv.kh, self.conv.stride[0])
+
+    @property
+    def horizontal(self) -> Transform:
+        """The filter along a row."""
+        return transform(self.tile, self.conv.kw, self.conv.stride[1])
+
+    @property
+    def positions(self) -> int:
+        """Products for a tile and a pair of channels."""
+        return self.vertical.positions * self.horizontal.positions
+
+    @property
+    def outputs(self) -> int:
+        """Pixels of a tile."""
+        return self.vertical.tile * self.horizontal.tile
 
     @property
     def rows(self) -> int:
         """Rows of tiles."""
-        return -(-self.conv.oh // self.tile)
+        return -(-self.conv.oh // self.vertical.tile)
 
     @property
     def columns(self) -> int:
         """Columns of tiles."""
-        return -(-self.conv.ow // self.tile)
+        return -(-self.conv.ow // self.horizontal.tile)
 
     @property
     def tiles(self) -> int:
@@ -40,7 +55,7 @@ class WinogradShape:
     @property
     def has_inner_tiles(self) -> bool:
         """Whether an input tile may lie inside the input as a whole."""
-        return min(self.conv.h, self.conv.w) >= self.size
+        return self.conv.h >= self.vertical.inputs and self.conv.w >= self.horizontal.inputs
 
     def data_rows(self, tiles: int) -> int:
         """Give the vectors of transformed input for each position in the tile, for a chunk of `tiles` tiles.
@@ -56,7 +71,8 @@ class WinogradShape:
     def operand_shapes(self) -> tuple[tuple[int, ...], ...]:
         """The physical shapes of the operands: input and transformed weight."""
         conv = self.conv
-        weight = (self.size, self.size, conv.oc_blocks, conv.ic_blocks, conv.block, conv.block)
+        sizes = (self.vertical.weights, self.horizontal.weights)
+        weight = (*sizes, conv.oc_blocks, conv.ic_blocks, conv.block, conv.block)
         return (conv.input_shape, weight)
 
 

@@ -20,8 +20,8 @@ from cnnc.ops.broadcast import widen, working_dtype
 from cnnc.ops.numeric import cast_to, check_floats, check_vector, narrow
 from cnnc.ops.window import Window, read_window
 from cnnc.ops.winograd import (
-    KERNEL,
     WinogradWeight,
+    spatial_kernel,
     spatial_weight,
     spatial_weight_tensor,
     winograd_layout,
@@ -36,8 +36,8 @@ class Conv(Op):
     y[n,o,p] = b[o] + sum over i, k of x[n, g*I/groups + i, p*stride - pad + k*dilation] * w[o,i,k],  g the group of o
 
     Inputs x[N,I,...], w[O,I/groups,...], optionally b[O]; pad is (begin..., end...).  `algorithm` names how it is
-    computed ("direct", "winograd2", "winograd4").  With Winograd's, which take 3x3 kernels of stride 1, w is handed in
-    transformed, as winograd_weight{tile}(w); what the convolution means stays the same.
+    computed ("direct", "winograd2", "winograd4").  With Winograd's, w is handed in transformed, as
+    winograd_weight{tile,stride}(w); what the convolution means stays the same.
     """
 
     stride: tuple[int, ...]
@@ -50,10 +50,15 @@ class Conv(Op):
 
     def window(self, w: TensorType | np.ndarray) -> Window:
         """Give the windows for these weights."""
-        kernel = w.static_shape[2:] if isinstance(w, TensorType) else w.shape[2:]
-        if self.tile is not None:
-            kernel = (KERNEL, KERNEL)
-        return Window(tuple(kernel), self.stride, self.pad, self.dilation)
+        kernel: tuple[int, ...] | None = w.static_shape[2:] if isinstance(w, TensorType) else w.shape[2:]
+        if self.tile is not None and kernel is not None:
+            kernel = spatial_kernel(self.tile, kernel, self.stride)
+        if kernel is None:
+            raise ShapeError(
+                f"{self.name}: {self.algorithm} takes weights transformed by"
+                f" winograd_weight{{tile={self.tile},stride={self.stride}}}, not {w}"
+            )
+        return Window(kernel, self.stride, self.pad, self.dilation)
 
     @property
     def tile(self) -> int | None:
@@ -82,16 +87,10 @@ class Conv(Op):
         """Raise `ShapeError` for what Winograd's algorithm does not take."""
         if self.tile is None:
             return
-        size = self.tile + KERNEL - 1
-        if w.static_shape[2:] != (size, size):
+        if w.rank != 4 or any(s != 1 for s in (*self.dilation, self.groups)):
             raise ShapeError(
-                f"{self.name}: {self.algorithm} takes weights transformed by winograd_weight{{tile={self.tile}}},"
-                f" {size}x{size} for each pair of channels, not {w}"
-            )
-        if any(s != 1 for s in (*self.stride, *self.dilation, self.groups)):
-            raise ShapeError(
-                f"{self.name}: {self.algorithm} takes stride, dilation and groups of 1,"
-                f" not stride={self.stride}, dilation={self.dilation}, groups={self.groups}"
+                f"{self.name}: {self.algorithm} takes two axes, dilation and groups of 1,"
+                f" not {w}, dilation={self.dilation}, groups={self.groups}"
             )
 
     def infer_layout(self, x: TensorType, w: TensorType, b: TensorType | None = None) -> tuple[Layout | None, ...]:
@@ -123,9 +122,9 @@ class Conv(Op):
 
     def reference(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None = None) -> np.ndarray:
         """Add up, tap by tap, the products of the weights and the shifted input."""
-        if self.tile is not None:
-            w = spatial_weight(w, self.tile).astype(widen(w).dtype)
         window = self.window(w)
+        if self.tile is not None:
+            w = spatial_weight(w, self.tile, self.stride).astype(widen(w).dtype)
         output = window.output(self.name, x.shape[2:])
         sizes = tuple(int(s) for s in output if isinstance(s, int))
         padded = window.padded(widen(x), sizes, 0)
@@ -151,8 +150,8 @@ class Conv(Op):
         per_group = w_type.static_shape[0] // self.groups
         weights = xs[1]
         if self.tile is not None:
-            weights = spatial_weight_tensor(te, weights, w_type, self.tile)
-            w_type = TensorType((*w_type.shape[:2], KERNEL, KERNEL), w_type.dtype)
+            weights = spatial_weight_tensor(te, weights, w_type, self.tile, self.stride)
+            w_type = TensorType((*w_type.shape[:2], *window.kernel), w_type.dtype)
         ic = te.reduce_axis(w_type.static_shape[1], "ic")
         taps = [te.reduce_axis(k, f"k{i}") for i, k in enumerate(window.kernel)]
 
@@ -212,6 +211,9 @@ class Conv(Op):
         yield _winograd_example(2, (2, 4, 5, 6), 3, (0, 2, 1, 0))
         yield _winograd_example(4, (1, 6, 9, 8), 10, (1, 1, 1, 1), bias=True, blocks=(8, 8))
         yield _winograd_example(2, (2, 9, 4, 5), 8, (1, 0, 2, 1), blocks=(8, 8))
+        yield _winograd_example(4, (1, 3, 11, 12), 5, (1, 1, 1, 1), stride=(2, 2), bias=True)
+        yield _winograd_example(4, (1, 9, 7, 8), 8, (2, 2, 2, 2), kernel=(5, 5), blocks=(8, 8))
+        yield _winograd_example(2, (1, 4, 6, 9), 6, (0, 3, 0, 3), kernel=(1, 7))
 
 
 def _example(
@@ -239,19 +241,22 @@ def _winograd_example(
     x: tuple[int, ...],
     channels: int,
     pad: tuple[int, ...],
+    kernel: tuple[int, int] = (3, 3),
+    stride: tuple[int, int] = (1, 1),
     bias: bool = False,
     blocks: tuple[int, int] = (1, 1),
 ) -> Example:
     """Make an example with transformed weights, which not any number would be."""
-    op = Conv((1, 1), pad, (1, 1), algorithm=f"winograd{tile}")
-    spatial = TensorType((channels, x[1], KERNEL, KERNEL))
-    transformed = WinogradWeight(tile).infer(spatial)
+    op = Conv(stride, pad, (1, 1), algorithm=f"winograd{tile}")
+    spatial = TensorType((channels, x[1], *kernel))
+    transform = WinogradWeight(tile, stride)
+    transformed = transform.infer(spatial)
     layout = winograd_layout(*blocks) if blocks[1] > 1 else None
     image = TensorType(x, DType.F32, channel_layout(4, blocks[0]))
     vectors = (TensorType((channels,)),) if bias else ()
 
     def draw(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        weight = WinogradWeight(tile).reference(random_array(rng, spatial))
+        weight = transform.reference(random_array(rng, spatial))
         return (random_array(rng, image), weight, *(random_array(rng, vector) for vector in vectors))
 
     return Example(op, (image, transformed.with_layout(layout), *vectors), draw)

@@ -1,11 +1,16 @@
 """Winograd's minimal filtering: its matrices, and the operator that transforms convolution weights.
 
-    y = A' [(G w G') * (B' x B)] A,   y m x m outputs, w a 3x3 kernel, x a tile of (m + 2) x (m + 2) inputs
+    y = A' [(G w H') * (B' x D)] C     A, B, G filter along the rows, C, D, H along the columns
 
-takes (m + 2)^2 products for m^2 outputs where the definition takes 9 m^2.  Source: Lavin and Gray, "Fast Algorithms
-for Convolutional Neural Networks", CVPR 2016, section 4; the matrices by Cook and Toom's method from interpolation
-points, as in Barabasz et al., "Error Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural
-Networks", ACM TOMS 46(4), 2020, section 3, which also shows that other points than Lavin's are more accurate.
+Along an axis, a tile of m outputs of a kernel of k taps takes m + k - 1 products in place of m k.  With a stride of
+s, each s-th input meets each s-th tap only: that many filters of stride 1, whose outputs are added up.  A filter of one
+tap is no saving, and its products share their weight.
+
+Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016, section 4; the matrices by Cook
+and Toom's method from interpolation points, as in Barabasz et al., "Error Analysis and Improving the Accuracy of
+Winograd Convolution for Deep Neural Networks", ACM TOMS 46(4), 2020, section 3, which also shows that other points
+than Lavin's are more accurate; strides as in Huang et al., "DWM: A Decomposable Winograd Method for Convolution
+Acceleration", AAAI 2020, section 3.
 """
 
 from __future__ import annotations
@@ -26,47 +31,126 @@ from cnnc.ops.blocked import plain_only
 from cnnc.ops.broadcast import working_dtype
 from cnnc.ops.numeric import cast_to, check_floats
 
-KERNEL = 3
-"""The kernels are 3x3."""
+TILES = (2, 4)
+"""The outputs, along each axis, that are computed together; along an axis of one tap it is always one."""
+
+LONGEST_KERNEL = 7
+
+
+def _with_opposites(*points: Fraction) -> tuple[Fraction, ...]:
+    return tuple(signed for point in points for signed in (point, -point))
+
 
 POINTS: dict[int, tuple[Fraction, ...]] = {
-    2: (Fraction(0), Fraction(1), Fraction(-1)),
-    4: (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2)),
+    2: _with_opposites(Fraction(1)),
+    3: (Fraction(0), *_with_opposites(Fraction(1))),
+    4: _with_opposites(Fraction(1, 2), Fraction(5, 4)),
+    5: (Fraction(0), *_with_opposites(Fraction(3, 4), Fraction(3, 2))),
+    7: (Fraction(0), *_with_opposites(Fraction(1, 2), Fraction(1), Fraction(2))),
 }
-"""The points by output tile, beside the one at infinity; opposite ones follow each other.
+"""Interpolation points by how many there are beside the one at infinity; opposite ones follow each other.
 
-For F(4x4) they leave a quarter of the largest error of Lavin's 0, 1, -1, 2, -2 and half of the mean one, and all
-entries of A and B are exact in binary.
+They were chosen for small errors (those of 3x3 kernels in tiles of 4 are a quarter of what Lavin's 0, 1, -1, 2, -2
+make), among those with which all entries of the matrices but the weights' are exact in binary.
 """
 
 
 @dataclass(frozen=True)
 class Transform:
-    """The matrices of F(m x m, 3 x 3), exactly.
+    """The filter along one axis, exactly: y = output @ ((weight @ w)[weight_row] * (data @ x)).
 
-    `data` is B' [m + 2, m + 2], `weight` G [m + 2, 3], `output` A' [m, m + 2].
+    `data` is [positions, inputs], `weight` [weights, taps], `output` [tile, positions].
     """
 
     data: tuple[tuple[Fraction, ...], ...]
     weight: tuple[tuple[Fraction, ...], ...]
     output: tuple[tuple[Fraction, ...], ...]
+    stride: int
+
+    @property
+    def tile(self) -> int:
+        """Outputs computed together."""
+        return len(self.output)
+
+    @property
+    def positions(self) -> int:
+        """Products for a tile."""
+        return len(self.data)
+
+    @property
+    def inputs(self) -> int:
+        """Inputs read for a tile."""
+        return len(self.data[0])
+
+    @property
+    def weights(self) -> int:
+        """Transformed weights; the last positions share the last."""
+        return len(self.weight)
+
+    @property
+    def step(self) -> int:
+        """Inputs from one tile to the next."""
+        return self.tile * self.stride
+
+
+def is_supported(tile: int, kernel: int, stride: int) -> bool:
+    """Whether there are points for a kernel of that many taps."""
+    if kernel == 1:
+        return True
+    filters = [taps for taps in _taps_by_phase(kernel, stride) if taps != 1]
+    return all(tile + taps - 2 in POINTS for taps in filters) and _taps_by_phase(kernel, stride).count(1) < 2
+
+
+def _taps_by_phase(kernel: int, stride: int) -> list[int]:
+    """Count the taps that meet inputs 0, 1, ... of every `stride`."""
+    return [len(range(phase, kernel, stride)) for phase in range(min(stride, kernel))]
 
 
 @lru_cache
-def transform(tile: int) -> Transform:
-    """Make the matrices for output tiles of `tile` x `tile`."""
-    points = POINTS[tile]
-    zero = Fraction(0)
+def transform(tile: int, kernel: int, stride: int) -> Transform:
+    """Make the matrices of an axis; it must be supported.  An axis of one tap is not tiled."""
+    if kernel == 1:
+        one = ((Fraction(1),),)
+        return Transform(one, one, one, stride)
+    inputs = (tile - 1) * stride + kernel
+    data, weight, columns = [], [], []
+    # The filter of one tap, whose positions share a weight, comes last.
+    phases = sorted(enumerate(_taps_by_phase(kernel, stride)), key=lambda phase: phase[1] == 1)
+    for phase, taps in phases:
+        b, g, a = _filter(tile, taps)
+        data += [_spread(row, inputs, phase, stride) for row in b]
+        weight += [_spread(row, kernel, phase, stride) for row in g]
+        columns += list(zip(*a, strict=True))
+    return Transform(tuple(data), tuple(weight), tuple(zip(*columns, strict=True)), stride)
+
+
+Matrix = tuple[tuple[Fraction, ...], ...]
+
+
+def _filter(tile: int, taps: int) -> tuple[Matrix, Matrix, Matrix]:
+    """Give B' [n, n], G [n, taps] and A' [tile, n] of stride 1, n = tile + taps - 1; for one tap G is of one row."""
+    zero, one = Fraction(0), Fraction(1)
+    if taps == 1:
+        identity = tuple(tuple(one if i == j else zero for j in range(tile)) for i in range(tile))
+        return identity, ((one,),), identity
+    points = POINTS[tile + taps - 2]
     data, weight = [], []
     for point in points:
         others = [other for other in points if other != point]
         scale = _value(_polynomial(others), point)
         data.append((*_polynomial(others), zero))
-        weight.append(tuple(point**power / scale for power in range(KERNEL)))
+        weight.append(tuple(point**power / scale for power in range(taps)))
     data.append(_polynomial(points))
-    weight.append((*(zero,) * (KERNEL - 1), Fraction(1)))
+    weight.append((*(zero,) * (taps - 1), one))
     output = [(*(point**power for point in points), Fraction(power == tile - 1)) for power in range(tile)]
-    return Transform(tuple(data), tuple(weight), tuple(output))
+    return tuple(data), tuple(weight), tuple(output)
+
+
+def _spread(row: Sequence[Fraction], size: int, first: int, step: int) -> tuple[Fraction, ...]:
+    """Put a row's entries `step` apart, zeros between."""
+    spread = [Fraction(0)] * size
+    spread[first : first + len(row) * step : step] = row
+    return tuple(spread)
 
 
 def _polynomial(roots: Sequence[Fraction]) -> tuple[Fraction, ...]:
@@ -82,19 +166,33 @@ def _value(coefficients: Sequence[Fraction], x: Fraction) -> Fraction:
     return sum((c * x**power for power, c in enumerate(coefficients)), Fraction(0))
 
 
-def weight_matrix(tile: int) -> np.ndarray:
-    """Give G [tile + 2, 3] in float64."""
-    return np.array(transform(tile).weight, np.float64)
+Pair = tuple[int, int]
 
 
-def inverse_weight_matrix(tile: int) -> np.ndarray:
-    """Give the left inverse of G, [3, tile + 2] in float64: the least squares one."""
-    return np.linalg.pinv(weight_matrix(tile))
+def transforms(tile: int, kernel: Sequence[int], stride: Sequence[int]) -> tuple[Transform, Transform]:
+    """Make the matrices of both axes."""
+    vertical, horizontal = (transform(tile, k, s) for k, s in zip(kernel, stride, strict=True))
+    return vertical, horizontal
+
+
+def weight_matrices(tile: int, kernel: Sequence[int], stride: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Give G and H in float64."""
+    g, h = (np.array(axis.weight, np.float64) for axis in transforms(tile, kernel, stride))
+    return g, h
+
+
+def spatial_kernel(tile: int, weights: Sequence[int], stride: Sequence[int]) -> Pair | None:
+    """Give the kernel that transformed weights of this height and width come from, if there is one."""
+    found = []
+    for count, step in zip(weights, stride, strict=True):
+        kernels = [k for k in range(1, LONGEST_KERNEL + 1) if is_supported(tile, k, step)]
+        found += [k for k in kernels if transform(tile, k, step).weights == count][:1]
+    return (found[0], found[1]) if len(found) == 2 else None
 
 
 def winograd_tile(algorithm: str) -> int | None:
     """Give the output tile of a convolution's algorithm, `winograd2` or `winograd4`; None for any other."""
-    return next((tile for tile in POINTS if algorithm == f"winograd{tile}"), None)
+    return next((tile for tile in TILES if algorithm == f"winograd{tile}"), None)
 
 
 def winograd_layout(input_block: int, output_block: int) -> Layout:
@@ -102,25 +200,34 @@ def winograd_layout(input_block: int, output_block: int) -> Layout:
     return Layout(f"HWOI{input_block}i{output_block}o")
 
 
-def spatial_weight(u: np.ndarray, tile: int) -> np.ndarray:
-    """Give the 3x3 weight w[O,I,3,3] of a transformed one u[O,I,tile+2,tile+2], in float64."""
-    inverse = inverse_weight_matrix(tile)
-    weight: np.ndarray = np.einsum("ra,oiab,sb->oirs", inverse, u.astype(np.float64), inverse, optimize=True)
+def _inverses(type_: Sequence[int], tile: int, stride: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Give the left inverses of G and H, the least squares ones, for transformed weights of a shape."""
+    kernel = spatial_kernel(tile, type_[2:], stride)
+    if kernel is None:
+        raise ShapeError(f"no weight is transformed into {list(type_)} for tile={tile}, stride={tuple(stride)}")
+    g, h = weight_matrices(tile, kernel, stride)
+    return np.linalg.pinv(g), np.linalg.pinv(h)
+
+
+def spatial_weight(u: np.ndarray, tile: int, stride: Sequence[int]) -> np.ndarray:
+    """Give the weight w[O,I,...] of a transformed one u[O,I,...], in float64."""
+    g, h = _inverses(u.shape, tile, stride)
+    weight: np.ndarray = np.einsum("ra,oiab,sb->oirs", g, u.astype(np.float64), h, optimize=True)
     return weight
 
 
-def spatial_weight_tensor(te: Any, u: Any, type_: TensorType, tile: int) -> Any:
-    """Describe `spatial_weight` as a tensor [O,I,3,3]: one 1-D transform after the other."""
-    o, i, size, _ = type_.static_shape
-    rows = inverse_weight_matrix(tile).tolist()
+def spatial_weight_tensor(te: Any, u: Any, type_: TensorType, tile: int, stride: Sequence[int]) -> Any:
+    """Describe `spatial_weight` as a tensor: one 1-D transform after the other."""
+    o, i, height, width = type_.static_shape
+    rows, columns = (matrix.tolist() for matrix in _inverses(type_.static_shape, tile, stride))
     half = te.compute(
-        (o, i, KERNEL, size),
-        lambda o, i, r, b: _combined(te, rows, r, [te.at(u, type_, o, i, a, b) for a in range(size)], type_.dtype),
+        (o, i, len(rows), width),
+        lambda o, i, r, b: _combined(te, rows, r, [te.at(u, type_, o, i, a, b) for a in range(height)], type_.dtype),
         "weight_columns",
     )
     return te.compute(
-        (o, i, KERNEL, KERNEL),
-        lambda o, i, r, s: _combined(te, rows, s, [half[o, i, r, b] for b in range(size)], type_.dtype),
+        (o, i, len(rows), len(columns)),
+        lambda o, i, r, s: _combined(te, columns, s, [half[o, i, r, b] for b in range(width)], type_.dtype),
         "weight_rows",
     )
 
@@ -143,25 +250,31 @@ _ROWS = 4096
 
 @dataclass(frozen=True)
 class WinogradWeight(Op):
-    """Transform the weight of a 3x3 convolution for output tiles of `tile` x `tile`.
+    """Transform the weight of a convolution for output tiles of `tile` x `tile`.
 
-    u[o,i] = G w[o,i] G'   computed in float64, rounded once
+    u[o,i] = G w[o,i] H'   computed in float64, rounded once
 
-    w[O,I,3,3] -> u[O,I,tile+2,tile+2]
+    w[O,I,...] -> u[O,I,...], for a 3x3 kernel of stride 1 [O,I,tile+2,tile+2]; `stride` is the convolution's.
     """
 
     tile: int
+    stride: tuple[int, int] = (1, 1)
 
     kind: ClassVar[Kind] = Kind.REDUCTION
 
+    def matrices(self, w: TensorType | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Give G and H for a weight."""
+        shape = w.static_shape if isinstance(w, TensorType) else w.shape
+        return weight_matrices(self.tile, shape[2:], self.stride)
+
     def infer(self, w: TensorType) -> TensorType:
-        """Give [O,I,tile+2,tile+2]; raises `ShapeError` for a weight that is not 3x3 floats, or an unknown tile."""
+        """Give the transformed weight; raises `ShapeError` for a kernel or a tile there are no matrices for."""
         check_floats(self.name, weight=w)
-        if self.tile not in POINTS:
-            raise ShapeError(f"{self.name}: tile={self.tile} is not known; use one of {', '.join(map(str, POINTS))}")
-        if w.rank != 4 or w.shape[2:] != (KERNEL, KERNEL):
-            raise ShapeError(f"{self.name}: weight {w} must have {KERNEL}x{KERNEL} kernels")
-        return w.with_shape((*w.shape[:2], self.tile + 2, self.tile + 2))
+        if self.tile not in TILES:
+            raise ShapeError(f"{self.name}: tile={self.tile} is not known; use one of {', '.join(map(str, TILES))}")
+        if w.rank != 4 or not all(map(is_supported, (self.tile,) * 2, w.static_shape[2:], self.stride)):
+            raise ShapeError(f"{self.name}: there are no matrices for kernels of {w} with stride={self.stride}")
+        return w.with_shape((*w.shape[:2], *(len(matrix) for matrix in self.matrices(w))))
 
     def infer_layout(self, w: TensorType) -> tuple[Layout | None, ...]:
         """Take and give a plain tensor."""
@@ -169,46 +282,50 @@ class WinogradWeight(Op):
         return (None,)
 
     def reference(self, w: np.ndarray) -> np.ndarray:
-        """Multiply by G from both sides: one product with the Kronecker square of G, in pieces that stay in cache."""
-        g = weight_matrix(self.tile)
-        both = np.kron(g, g).T
-        kernels = w.reshape(-1, KERNEL * KERNEL)
+        """Multiply from both sides: one product with the Kronecker product of G and H, in pieces that stay in cache."""
+        g, h = self.matrices(w)
+        both = np.kron(g, h).T
+        kernels = w.reshape(-1, both.shape[0])
         u = np.empty((len(kernels), both.shape[1]), w.dtype)
         for start in range(0, len(kernels), _ROWS):
             rows = slice(start, start + _ROWS)
             u[rows] = kernels[rows].astype(np.float64) @ both
-        return u.reshape(*w.shape[:2], len(g), len(g))
+        return u.reshape(*w.shape[:2], len(g), len(h))
 
     def compute(self, te: Any, xs: Sequence[Any], types: Sequence[TensorType]) -> Sequence[Any]:
         """Transform the rows, then the columns."""
         type_ = types[0]
         out = self.infer(type_)
         wide = working_dtype(type_.dtype)
-        g = weight_matrix(self.tile).tolist()
-        o, i, size, _ = out.static_shape
+        g, h = (matrix.tolist() for matrix in self.matrices(type_))
+        (o, i, height, _), (kh, kw) = out.static_shape, type_.static_shape[2:]
 
         def column(o: Any, i: Any, a: Any, s: Any) -> Any:
-            values = [cast_to(te, te.at(xs[0], type_, o, i, r, s), type_.dtype, wide) for r in range(KERNEL)]
+            values = [cast_to(te, te.at(xs[0], type_, o, i, r, s), type_.dtype, wide) for r in range(kh)]
             return _combined(te, g, a, values, wide)
 
-        half = te.compute((o, i, size, KERNEL), column, "weight_columns")
+        half = te.compute((o, i, height, kw), column, "weight_columns")
 
         def element(o: Any, i: Any, a: Any, b: Any) -> Any:
-            value = _combined(te, g, b, [half[o, i, a, s] for s in range(KERNEL)], wide)
+            value = _combined(te, h, b, [half[o, i, a, s] for s in range(kw)], wide)
             return cast_to(te, value, wide, type_.dtype)
 
         return [te.compute(out.static_shape, element, self.name)]
 
     def flops(self, w: TensorType) -> int:
         """Count two for each multiply-add of both transforms."""
-        size = self.tile + 2
-        return 2 * w.static_shape[0] * w.static_shape[1] * KERNEL * size * (KERNEL + size)
+        (o, i, height, width), (kh, kw) = self.infer(w).static_shape, w.static_shape[2:]
+        return 2 * o * i * height * kw * (kh + width)
 
     @classmethod
     def examples(cls) -> Iterable[Example]:
-        """Give both tiles, odd channels, other dtypes, no elements."""
+        """Give both tiles, odd channels, other kernels, strides and dtypes, no elements."""
         yield Example(cls(4), (TensorType((5, 3, 3, 3)),))
         yield Example(cls(2), (TensorType((4, 6, 3, 3)),))
+        yield Example(cls(4), (TensorType((2, 3, 5, 5)),))
+        yield Example(cls(2), (TensorType((2, 3, 1, 7)),))
+        yield Example(cls(4, (2, 2)), (TensorType((3, 2, 3, 3)),))
+        yield Example(cls(2, (2, 1)), (TensorType((3, 2, 5, 3)),))
         yield Example(cls(4), (TensorType((2, 3, 3, 3), DType.F64),))
         yield Example(cls(2), (TensorType((2, 3, 3, 3), DType.F16),))
         yield Example(cls(4), (TensorType((0, 3, 3, 3)),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -9,50 +10,77 @@ import pytest
 
 from cnnc.errors import ShapeError
 from cnnc.ir.build import call
+from cnnc.ir.graph import Value
 from cnnc.ops import Conv, WinogradWeight, constant, graph_input
-from cnnc.ops.winograd import POINTS, spatial_weight, transform
+from cnnc.ops.winograd import TILES, is_supported, spatial_kernel, spatial_weight, transform
+
+AXES = [(tile, k, s) for tile in TILES for k in range(1, 8) for s in (1, 2) if is_supported(tile, k, s)]
 
 
-@pytest.mark.parametrize("tile", POINTS)
-def test_the_matrices_filter_exactly(rng: np.random.Generator, tile: int) -> None:
-    matrices = transform(tile)
-    w = [Fraction(int(v)) for v in rng.integers(-9, 10, 3)]
-    x = [Fraction(int(v)) for v in rng.integers(-9, 10, tile + 2)]
-    u = [sum((a * b for a, b in zip(row, w, strict=True)), Fraction(0)) for row in matrices.weight]
-    v = [sum((a * b for a, b in zip(row, x, strict=True)), Fraction(0)) for row in matrices.data]
-    products = [a * b for a, b in zip(u, v, strict=True)]
-    y = [sum((a * b for a, b in zip(row, products, strict=True)), Fraction(0)) for row in matrices.output]
-    assert y == [sum((x[i + k] * w[k] for k in range(3)), Fraction(0)) for i in range(tile)]
+def product(matrix: tuple[tuple[Fraction, ...], ...], vector: list[Fraction]) -> list[Fraction]:
+    return [sum((a * b for a, b in zip(row, vector, strict=True)), Fraction(0)) for row in matrix]
 
 
-@pytest.mark.parametrize("tile", POINTS)
-def test_data_and_output_matrices_are_exact_in_float32(tile: int) -> None:
-    for row in (*transform(tile).data, *transform(tile).output):
+def test_what_is_supported() -> None:
+    def supported(tile: int, stride: int) -> list[int]:
+        return [k for t, k, s in AXES if (t, s) == (tile, stride)]
+
+    assert supported(2, 1) == [1, 2, 3, 4, 5, 7]
+    assert supported(4, 1) == [1, 2, 3, 5]
+    assert supported(2, 2) == [1, 3, 4, 5, 6, 7]
+    assert supported(4, 2) == [1, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("tile", "kernel", "stride"), AXES)
+def test_the_matrices_filter_exactly(rng: np.random.Generator, tile: int, kernel: int, stride: int) -> None:
+    axis = transform(tile, kernel, stride)
+    assert axis.tile == (1 if kernel == 1 else tile)
+    w = [Fraction(int(v)) for v in rng.integers(-9, 10, kernel)]
+    x = [Fraction(int(v)) for v in rng.integers(-9, 10, axis.inputs)]
+    u = product(axis.weight, w)
+    u += u[-1:] * (axis.positions - axis.weights)
+    products = [a * b for a, b in zip(u, product(axis.data, x), strict=True)]
+    wanted = [sum((x[i * stride + k] * w[k] for k in range(kernel)), Fraction(0)) for i in range(axis.tile)]
+    assert product(axis.output, products) == wanted
+
+
+@pytest.mark.parametrize(("tile", "kernel", "stride"), AXES)
+def test_data_and_output_matrices_are_exact_in_float32(tile: int, kernel: int, stride: int) -> None:
+    for row in (*transform(tile, kernel, stride).data, *transform(tile, kernel, stride).output):
         assert [Fraction(float(np.float32(float(c)))) for c in row] == list(row)
 
 
-@pytest.mark.parametrize("tile", POINTS)
-def test_transformed_weights_come_back(rng: np.random.Generator, tile: int) -> None:
-    w = rng.standard_normal((5, 3, 3, 3))
-    np.testing.assert_allclose(spatial_weight(WinogradWeight(tile).reference(w), tile), w, rtol=0, atol=1e-13)
+@pytest.mark.parametrize(("tile", "kernel", "stride"), AXES)
+def test_transformed_weights_come_back(rng: np.random.Generator, tile: int, kernel: int, stride: int) -> None:
+    w = rng.standard_normal((5, 3, kernel, 3))
+    u = WinogradWeight(tile, (stride, 1)).reference(w)
+    assert spatial_kernel(tile, u.shape[2:], (stride, 1)) == (kernel, 3)
+    np.testing.assert_allclose(spatial_weight(u, tile, (stride, 1)), w, rtol=0, atol=1e-13)
 
 
-def test_only_3x3_weights_of_known_tiles_are_transformed() -> None:
-    with pytest.raises(ShapeError, match="must have 3x3 kernels"):
-        call(WinogradWeight(4), constant(np.zeros((4, 4, 5, 5), np.float32)))
+def test_only_weights_with_matrices_are_transformed() -> None:
+    def weight(*kernel: int) -> Value:
+        return constant(np.zeros((4, 4, *kernel), np.float32))
+
+    with pytest.raises(ShapeError, match=r"no matrices for kernels of f32\[4,4,6,6\] with stride=\(1, 1\)"):
+        call(WinogradWeight(4), weight(6, 6))
+    with pytest.raises(ShapeError, match=r"no matrices for kernels of f32\[4,4,3,3\] with stride=\(1, 3\)"):
+        call(WinogradWeight(4, (1, 3)), weight(3, 3))
     with pytest.raises(ShapeError, match="tile=3 is not known; use one of 2, 4"):
-        call(WinogradWeight(3), constant(np.zeros((4, 4, 3, 3), np.float32)))
+        call(WinogradWeight(3), weight(3, 3))
 
 
-def test_winograd_convolutions_take_transformed_weights_and_stride_1() -> None:
+def test_winograd_convolutions_take_transformed_weights() -> None:
     x = graph_input("x", (1, 4, 9, 9))
-    u = call(WinogradWeight(4), constant(np.zeros((4, 4, 3, 3), np.float32)))
+    w = constant(np.zeros((4, 4, 3, 3), np.float32))
     op = Conv((1, 1), (1, 1, 1, 1), (1, 1), algorithm="winograd4")
-    assert call(op, x, u).shape == (1, 4, 9, 9)
-    with pytest.raises(ShapeError, match=r"transformed by winograd_weight\{tile=4\}, 6x6"):
-        call(op, x, constant(np.zeros((4, 4, 3, 3), np.float32)))
-    with pytest.raises(ShapeError, match="takes stride, dilation and groups of 1"):
-        call(Conv((2, 2), (1, 1, 1, 1), (1, 1), algorithm="winograd4"), x, u)
+    assert call(op, x, call(WinogradWeight(4), w)).shape == (1, 4, 9, 9)
+    strided = replace(op, stride=(2, 2))
+    assert call(strided, x, call(WinogradWeight(4, (2, 2)), w)).shape == (1, 4, 5, 5)
+    with pytest.raises(ShapeError, match=r"transformed by winograd_weight\{tile=4,stride=\(1, 1\)\}"):
+        call(op, x, w)
+    with pytest.raises(ShapeError, match="takes two axes, dilation and groups of 1"):
+        call(replace(op, dilation=(2, 2)), x, call(WinogradWeight(4), w))
 
 
 def test_flops_are_those_of_the_convolution() -> None:

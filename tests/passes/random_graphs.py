@@ -107,6 +107,8 @@ def _power(draw: st.DrawFn, rng: np.random.Generator, values: list[Value]) -> Va
 
 def _conv(draw: st.DrawFn, rng: np.random.Generator, values: list[Value]) -> Value:
     x = _pick(draw, values)
+    if x.type.rank < 3:
+        raise ShapeError("a convolution needs an axis to slide along")
     rank = x.type.rank - 2
     channels = x.type.static_shape[1]
     groups = draw(st.sampled_from([g for g in (1, 1, 2, 4, channels) if channels % g == 0]))
@@ -120,6 +122,8 @@ def _conv(draw: st.DrawFn, rng: np.random.Generator, values: list[Value]) -> Val
 
 def _conv_transpose(draw: st.DrawFn, rng: np.random.Generator, values: list[Value]) -> Value:
     x = _pick(draw, values)
+    if x.type.rank < 3:
+        raise ShapeError("a convolution needs an axis to slide along")
     rank = x.type.rank - 2
     w = _numbers(rng, x.type.static_shape[1], draw(st.sampled_from((1, 3, 8))), *[2] * rank)
     return call(ConvTranspose((2,) * rank, (0,) * (2 * rank), (1,) * rank), x, w)
