@@ -1,13 +1,17 @@
-/* The threads of a context: every lane walks through all kernels by itself and does its share of the slices; between
- * two kernels the lanes meet at a barrier.  So a kernel costs one hand-over between threads, and nothing is posted.
+/* The threads of a context.  Every lane walks through the kernels by itself and does its share of the slices of each; a
+ * kernel begins when all shares of the one before are done.  Lane 0 is the caller; it alone runs what has one slice.
  *
- * The barrier is a dissemination barrier (Hensgen, Finkel, Manber 1988): in round r, lane i rings lane i + 2^r and waits
- * for lane i - 2^r; after log2(n) rounds everybody has heard of everybody.  Each bell has one writer and one reader and
- * lies on a cache line of its own (128 bytes apart: the prefetcher of x86 fetches pairs of lines).  A waiting lane
- * spins for a while, then sleeps on a futex. */
+ * A helper that is not there holds nobody up: a share is done by whoever takes it, which is the lane it is meant for, or
+ * a moment later any lane.  So a run waits for work that a thread has begun, and never for a thread to be given a CPU;
+ * on a busy machine the caller does everything, as fast as alone.  Who does a share does not show in the numbers.
+ *
+ * A kernel costs one hand-over between CPUs, and no lock.  What other lanes watch is alone on its cache line (128 bytes
+ * apart: the prefetcher of x86 fetches pairs of lines).  Who waits spins for a moment, then lets others have the CPU
+ * between two looks, then sleeps on a futex. */
 #define _GNU_SOURCE
 #include "cnnc_rt.h"
 
+#include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
@@ -19,37 +23,44 @@
 #include <unistd.h>
 #include <xmmintrin.h>
 
+/* A hand-over takes less, unless both lanes have the same CPU, or another program has one of theirs. */
+#define SPIN_NS 5000
 /* Long enough to bridge a kernel that runs on one lane only, short enough to cost little when the caller is done. */
-#define SPIN_NS 200000
+#define PATIENCE_NS 200000
+#define LOOKS 32
 #define STACK_BYTES (1u << 20)
-#define ROUNDS 10 /* 2^10 = CNNC_RT_MAX_THREADS */
+#define END UINT64_MAX
 
-/* 2 * the last number rung, plus 1 while the reader sleeps. */
-typedef struct bell {
-  _Alignas(128) _Atomic uint32_t word;
-} bell;
+enum { GOOD = 0, BAD_VALUE = 1, BUG = 2, STATUS_BITS = 2 };
+
+/* Kernels are numbered through all runs: kernel k of a run comes k + 1 after the number that opens the run.  Numbers only
+ * grow, so a lane that comes late finds everything taken, whatever has happened meanwhile. */
+typedef struct share {
+  _Alignas(128) _Atomic uint64_t done;  /* number << STATUS_BITS | status; END makes the helpers end */
+  _Alignas(128) _Atomic uint64_t taken; /* number; not used of share 0, which the caller does in any case */
+} share;
 
 typedef struct lane {
   _Alignas(128) cnnc_rt_pool *pool;
   void *scratch;
   pthread_t thread;
   int index;
-  int count;      /* of lanes; 1: no barriers */
-  uint64_t epoch; /* barriers passed; the same in all lanes */
-  bell start;
-  bell rounds[ROUNDS];
+  bool impatient; /* had to do another lane's share the last time */
 } lane;
 
+/* Odd while a lane sleeps, or is about to. */
+typedef struct bell {
+  _Alignas(128) _Atomic uint32_t word;
+} bell;
+
 struct cnnc_rt_pool {
-  /* What the lanes run on, NULL to end; written before their start bells ring. */
-  const cnnc_rt_bases *bases;
-  int64_t spin_ns;
+  _Alignas(128) const cnnc_rt_bases *bases; /* of the run; a helper may look while it has taken a share */
+  uint64_t runs;
+  int64_t patience_ns;
   int count;
-  uint32_t runs;
-  /* 4 * epoch + 1 (value) or + 2 (bug): a kernel failed before that barrier.  Two, since the next kernel may already
-   * fail in one lane while another lane still reads how this one went. */
-  _Alignas(128) _Atomic uint64_t failed[2];
-  lane lanes[];
+  lane *lanes;
+  bell bell;
+  share shares[];
 };
 
 int64_t cnnc_rt_clock(void) {
@@ -64,126 +75,163 @@ int cnnc_rt_allowed_cpus(void) {
   return count < 1 ? 1 : count > CNNC_RT_MAX_THREADS ? CNNC_RT_MAX_THREADS : (int)count;
 }
 
-static void ring(bell *b, uint32_t number) {
-  if (atomic_exchange(&b->word, number * 2) & 1) {
-    syscall(SYS_futex, &b->word, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+static bool reached(_Atomic uint64_t *done, uint64_t number) { return atomic_load(done) >= number << STATUS_BITS; }
+
+static bool watch(_Atomic uint64_t *done, uint64_t number) {
+  for (int i = 0; i < LOOKS; i++) {
+    if (reached(done, number)) {
+      return true;
+    }
+    _mm_pause();
+  }
+  return false;
+}
+
+static bool spin(_Atomic uint64_t *done, uint64_t number, int64_t patience_ns) {
+  if (watch(done, number)) {
+    return true;
+  }
+  int64_t start = cnnc_rt_clock();
+  for (int64_t spent = 0; spent < patience_ns; spent = cnnc_rt_clock() - start) {
+    if (spent > SPIN_NS) {
+      sched_yield();
+    }
+    if (watch(done, number)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+static void await(cnnc_rt_pool *pool, _Atomic uint64_t *done, uint64_t number) {
+  if (spin(done, number, pool->patience_ns)) {
+    return;
+  }
+  for (;;) {
+    /* Once the word is odd, what is posted is either seen here, or its lane sees that the word is odd. */
+    uint32_t word = atomic_fetch_or(&pool->bell.word, 1) | 1;
+    if (reached(done, number)) {
+      return;
+    }
+    syscall(SYS_futex, &pool->bell.word, FUTEX_WAIT_PRIVATE, word, NULL, NULL, 0);
   }
 }
 
-/* The ringer may be one number ahead, and numbers wrap round. */
-static bool rung(uint32_t word, uint32_t number) { return (int32_t)((word & ~1u) - number * 2) >= 0; }
+static void post(cnnc_rt_pool *pool, int index, uint64_t done) {
+  atomic_store(&pool->shares[index].done, done);
+  uint32_t word = atomic_load(&pool->bell.word);
+  if ((word & 1) != 0 && atomic_compare_exchange_strong(&pool->bell.word, &word, word + 1)) {
+    syscall(SYS_futex, &pool->bell.word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+  }
+}
 
-static void await(bell *b, uint32_t number, int64_t spin_ns) {
-  int64_t deadline = 0;
-  do {
-    for (int i = 0; i < 128; i++) {
-      if (rung(atomic_load_explicit(&b->word, memory_order_acquire), number)) {
-        return;
-      }
-      _mm_pause();
-    }
-    if (deadline == 0) {
-      deadline = cnnc_rt_clock() + spin_ns;
-    }
-  } while (cnnc_rt_clock() < deadline);
-  uint32_t word = atomic_load(&b->word);
-  while (!rung(word, number)) {
-    uint32_t sleeping = word | 1;
-    if (!atomic_compare_exchange_strong(&b->word, &word, sleeping)) {
+static int count_shares(const cnnc_rt_pool *pool, const cnnc_rt_step *step) {
+  return step->slices < pool->count ? step->slices : pool->count;
+}
+
+static int32_t bound(int32_t slices, int shares, int index) { return (int32_t)((int64_t)slices * index / shares); }
+
+static uint64_t call(const lane *self, const cnnc_rt_step *step, int shares, int index) {
+  int32_t lo = bound(step->slices, shares, index);
+  int32_t status = step->thunk(self->pool->bases, self->scratch, lo, bound(step->slices, shares, index + 1));
+  return status == 0 ? GOOD : status > 0 ? BAD_VALUE : BUG;
+}
+
+/* Does a share; after a failure only hands the status on, so that it reaches the end of the run. */
+static void settle(lane *self, const cnnc_rt_step *step, uint64_t number, int shares, int index, uint64_t status) {
+  if (status == GOOD) {
+    status = call(self, step, shares, index);
+  }
+  post(self->pool, index, number << STATUS_BITS | status);
+}
+
+static bool take(share *wanted, uint64_t number) {
+  uint64_t last = atomic_load(&wanted->taken);
+  return last < number && atomic_compare_exchange_strong(&wanted->taken, &last, number);
+}
+
+static void work(lane *self, const cnnc_rt_step *step, uint64_t number, int shares, uint64_t status) {
+  share *all = self->pool->shares;
+  if (self->index == 0 || (self->index < shares && take(&all[self->index], number))) {
+    settle(self, step, number, shares, self->index, status);
+  }
+  for (int i = 1; i < shares; i++) {
+    /* A look at `taken` costs its owner a cache miss, so the owner is given a moment; unless it has been away. */
+    if (i == self->index || (!self->impatient && watch(&all[i].done, number))) {
       continue;
     }
-    syscall(SYS_futex, &b->word, FUTEX_WAIT_PRIVATE, sleeping, NULL, NULL, 0);
-    word = atomic_load(&b->word);
-  }
-}
-
-static void barrier(lane *self) {
-  cnnc_rt_pool *pool = self->pool;
-  uint32_t number = (uint32_t)++self->epoch;
-  for (int round = 0, step = 1; step < self->count; round++, step *= 2) {
-    int to = self->index + step;
-    ring(&pool->lanes[to < self->count ? to : to - self->count].rounds[round], number);
-    await(&self->rounds[round], number, pool->spin_ns);
-  }
-}
-
-static int32_t share(int32_t slices, int lanes, int index) { return (int32_t)((int64_t)slices * index / lanes); }
-
-static int32_t run_step(lane *self, const cnnc_rt_step *step, const cnnc_rt_bases *bases) {
-  if (self->count == 1) {
-    return step->thunk(bases, self->scratch, 0, step->slices);
-  }
-  _Atomic uint64_t *failed = &self->pool->failed[self->epoch & 1];
-  uint64_t mark = self->epoch * 4;
-  int active = step->slices < self->count ? step->slices : self->count;
-  if (self->index < active) {
-    int32_t lo = share(step->slices, active, self->index);
-    int32_t status = step->thunk(bases, self->scratch, lo, share(step->slices, active, self->index + 1));
-    if (status != 0) {
-      atomic_store(failed, mark + (status > 0 ? 1 : 2));
+    self->impatient = take(&all[i], number);
+    if (self->impatient) {
+      settle(self, step, number, shares, i, status);
     }
   }
-  barrier(self);
-  uint64_t found = atomic_load_explicit(failed, memory_order_relaxed);
-  return found == mark + 1 ? 1 : found == mark + 2 ? -1 : 0;
 }
 
-static int32_t walk(lane *self, const cnnc_rt_bases *bases) {
-  int32_t status = 0;
-  for (int32_t k = 0; k < cnnc_rt_the_model.kernel_count && status == 0; k++) {
-    status = run_step(self, &cnnc_rt_the_model.steps[k], bases);
+/* Waits until all shares of a kernel are done; returns what went wrong in any. */
+static uint64_t join(cnnc_rt_pool *pool, uint64_t number, int shares) {
+  uint64_t status = GOOD;
+  for (int i = 0; i < shares; i++) {
+    await(pool, &pool->shares[i].done, number);
+    status |= atomic_load(&pool->shares[i].done) & (BAD_VALUE | BUG);
   }
   return status;
-}
-
-/* The same with clocks, which are the caller's lane's affair; they stop when the slowest lane is done. */
-static int32_t walk_timed(lane *self, const cnnc_rt_bases *bases, cnnc_rt_counter *counters) {
-  int32_t status = 0;
-  int64_t before = cnnc_rt_clock();
-  for (int32_t k = 0; k < cnnc_rt_the_model.kernel_count && status == 0; k++) {
-    status = run_step(self, &cnnc_rt_the_model.steps[k], bases);
-    int64_t now = cnnc_rt_clock();
-    counters[k].ns += (uint64_t)(now - before);
-    counters[k].calls++;
-    before = now;
-  }
-  return status;
-}
-
-static void *work(void *argument) {
-  lane *self = argument;
-  cnnc_rt_pool *pool = self->pool;
-  _mm_setcsr(CNNC_RT_MXCSR);
-  for (uint32_t number = 1;; number++) {
-    await(&self->start, number, pool->spin_ns);
-    const cnnc_rt_bases *bases = pool->bases;
-    if (bases == NULL) {
-      return NULL;
-    }
-    walk(self, bases);
-  }
-}
-
-static void start(cnnc_rt_pool *pool, const cnnc_rt_bases *bases, int count) {
-  pool->bases = bases;
-  pool->runs++;
-  for (int i = 1; i < count; i++) {
-    ring(&pool->lanes[i].start, pool->runs);
-  }
 }
 
 int32_t cnnc_rt_pool_run(cnnc_rt_pool *pool, const cnnc_rt_bases *bases, cnnc_rt_counter *counters, bool alone) {
+  const int32_t kernels = cnnc_rt_the_model.kernel_count;
   lane *self = &pool->lanes[0];
-  self->count = alone ? 1 : pool->count;
-  if (self->count > 1) {
-    start(pool, bases, pool->count);
+  uint64_t number = ++pool->runs * ((uint64_t)kernels + 1);
+  uint64_t status = GOOD;
+  bool posted = false;
+  int64_t before = counters != NULL ? cnnc_rt_clock() : 0;
+  pool->bases = bases;
+  for (int32_t k = 0; k < kernels; k++, number++) {
+    const cnnc_rt_step *step = &cnnc_rt_the_model.steps[k];
+    int shares = alone ? 1 : count_shares(pool, step);
+    if (shares > 1) {
+      if (!posted) {
+        post(pool, 0, number << STATUS_BITS | status);
+      }
+      work(self, step, number + 1, shares, status);
+      status = join(pool, number + 1, shares);
+    } else if (status == GOOD) {
+      status = call(self, step, 1, 0);
+    }
+    posted = shares > 1;
+    if (counters != NULL) {
+      int64_t now = cnnc_rt_clock();
+      counters[k].ns += (uint64_t)(now - before);
+      counters[k].calls++;
+      before = now;
+    }
   }
-  /* The barrier after the last kernel is where the lanes join again. */
-  return counters != NULL ? walk_timed(self, bases, counters) : walk(self, bases);
+  return status == GOOD ? 0 : status == BAD_VALUE ? 1 : -1;
+}
+
+static void *help(void *argument) {
+  lane *self = argument;
+  cnnc_rt_pool *pool = self->pool;
+  const uint64_t kernels = (uint64_t)cnnc_rt_the_model.kernel_count;
+  uint64_t number = 0;
+  _mm_setcsr(CNNC_RT_MXCSR);
+  for (;;) {
+    await(pool, &pool->shares[0].done, number + 1);
+    uint64_t done = atomic_load(&pool->shares[0].done);
+    if (done == END) {
+      return NULL;
+    }
+    number = done >> STATUS_BITS;
+    uint64_t k = number % (kernels + 1);
+    const cnnc_rt_step *step = &cnnc_rt_the_model.steps[k];
+    if (k < kernels && count_shares(pool, step) > 1) {
+      uint64_t status = join(pool, number, k == 0 ? 1 : count_shares(pool, step - 1));
+      work(self, step, number + 1, count_shares(pool, step), status);
+    }
+  }
 }
 
 static void stop(cnnc_rt_pool *pool, int started) {
-  start(pool, NULL, started);
+  post(pool, 0, END);
   for (int i = 1; i < started; i++) {
     pthread_join(pool->lanes[i].thread, NULL);
   }
@@ -201,7 +249,7 @@ static int start_threads(cnnc_rt_pool *pool) {
   pthread_sigmask(SIG_SETMASK, &all, &before);
   int started = 1;
   while (started < pool->count &&
-         pthread_create(&pool->lanes[started].thread, &attributes, work, &pool->lanes[started]) == 0) {
+         pthread_create(&pool->lanes[started].thread, &attributes, help, &pool->lanes[started]) == 0) {
     started++;
   }
   pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -210,18 +258,18 @@ static int start_threads(cnnc_rt_pool *pool) {
 }
 
 int cnnc_rt_pool_create(int threads, char *scratch, size_t scratch_stride, cnnc_rt_pool **out) {
-  size_t size = sizeof(cnnc_rt_pool) + (size_t)threads * sizeof(lane);
+  size_t size = sizeof(cnnc_rt_pool) + (size_t)threads * (sizeof(share) + sizeof(lane));
   cnnc_rt_pool *pool = aligned_alloc(128, size);
   if (pool == NULL) {
     return CNNC_RT_ERROR_MEMORY;
   }
   memset(pool, 0, size);
   pool->count = threads;
-  pool->spin_ns = threads <= cnnc_rt_allowed_cpus() ? SPIN_NS : 0;
+  pool->patience_ns = threads <= cnnc_rt_allowed_cpus() ? PATIENCE_NS : 0;
+  pool->lanes = (lane *)(void *)(pool->shares + threads);
   for (int i = 0; i < threads; i++) {
     pool->lanes[i].pool = pool;
     pool->lanes[i].index = i;
-    pool->lanes[i].count = threads;
     pool->lanes[i].scratch = scratch + (size_t)i * scratch_stride;
   }
   int started = threads > 1 ? start_threads(pool) : 1;
@@ -238,7 +286,7 @@ void cnnc_rt_pool_destroy(cnnc_rt_pool *pool, bool forked) {
   if (pool == NULL) {
     return;
   }
-  /* In the child of a fork the workers do not exist. */
+  /* In the child of a fork the helpers do not exist. */
   if (!forked) {
     stop(pool, pool->count);
   }
