@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,7 +121,7 @@ def _feeds(module: Module) -> dict[str, Any]:
 def _compare(
     model: str, untuned: Module, arguments: dict[str, Any], path: Path, feeds: dict[str, Any]
 ) -> dict[str, float]:
-    """Give the median seconds of a run without the records and with them, in turns."""
+    """Give the least seconds of a run without the records and with them, in turns."""
     tuned = open_model(model, {**arguments, "records": path}).module
     seconds: dict[str, list[float]] = {"untuned": [], "tuned": []}
     end = time.perf_counter() + _COMPARED_SECONDS
@@ -131,7 +130,7 @@ def _compare(
             start = time.perf_counter()
             module.run(feeds)
             seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return {name: min(times) for name, times in seconds.items()}
 
 
 def _layers(kernel: TunableKernel) -> str:
@@ -167,7 +166,7 @@ def _print(path: Path, counts: dict[str, int], outcomes: Sequence[Outcome], runs
     click.echo(f"tuned {counts['tuned']} of {counts['distinct']} kernels ({share:.0%} of the run time)")
     click.echo(f"the untuned choice reaches {tuned_ratio(outcomes):.1%} of the tuned speed in these kernels")
     before, after = runs["untuned"], runs["tuned"]
-    click.echo(f"a run takes {seconds_text(after)}, untuned {seconds_text(before)} (interleaved, medians)")
+    click.echo(f"a run takes {seconds_text(after)}, untuned {seconds_text(before)} (the least of interleaved runs)")
     click.echo(f"wrote {path}")
 
 
