@@ -14,15 +14,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cnnc.driver import compile, load, load_graph
-    from cnnc.module import Module
+    from cnnc.driver import compile, load_graph
+    from cnnc.module import Module, load
 
 __version__ = "0.1.0"
 __all__ = ["Module", "__version__", "compile", "load", "load_graph"]
 
 _HOMES = {
     "compile": "cnnc.driver",
-    "load": "cnnc.driver",
+    "load": "cnnc.module",
     "load_graph": "cnnc.driver",
     "Module": "cnnc.module",
 }

@@ -1,4 +1,4 @@
-"""What a compiled network leaves on disk, and how a binary is checked before it is loaded."""
+"""What a compiled network leaves on disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from cnnc.errors import EnvironmentProblem, UsageError
 
 if TYPE_CHECKING:
     from cnnc.backends.cpu.build import Build
-    from cnnc.backends.host.library import LoadedModel
 
 KINDS = ("so", "header", "exe", "obj", "ir")
 """What `--emit` may ask for."""
@@ -83,10 +82,3 @@ def _write_ir(build: Build, path: Path) -> None:
     np.savez(buffer, **arrays)
     publish(path.with_suffix(".npz"), buffer.getvalue())
     publish(path, print_graph(build.graph).encode())
-
-
-def open_checked(path: Path) -> LoadedModel:
-    """Open a binary after its digest is found right; raises `CheckFailed` otherwise."""
-    from cnnc.backends.host.library import SharedModel
-
-    return SharedModel(path)

@@ -151,14 +151,6 @@ def compile(
             return _build(lowered, digest.result(), options, report, progress)
 
 
-def load(path: str | os.PathLike[str], *, threads: int = 1) -> Module:
-    """Load a binary made by `Module.save`; raises `CheckFailed` for a damaged file or a CPU that lacks a feature."""
-    from cnnc.artifact import open_checked
-
-    model = open_checked(Path(path))
-    return Module(lambda: model, threads=threads)
-
-
 def load_graph(source: Source, options: Options | None = None) -> Graph:
     """Turn any source into a verified graph, without optimising it."""
     options = Options() if options is None else options
@@ -191,7 +183,7 @@ def lower(graph: Graph, options: Options, report: Report) -> Lowered:
 def _build(lowered: Lowered, digest: str, options: Options, report: Report, progress: Progress) -> Module:
     from cnnc.backends.cache import DiskCache, KernelCache
     from cnnc.backends.cpu.build import build
-    from cnnc.backends.host.library import JitModel
+    from cnnc.backends.host.jit import JitModel
 
     built = build(
         lowered.graph,

@@ -35,6 +35,14 @@ class KernelTiming:
     nanoseconds: float
 
 
+def load(path: str | os.PathLike[str], *, threads: int = 1) -> Module:
+    """Load a binary made by `Module.save`; raises `CheckFailed` for a damaged file or a CPU that lacks a feature."""
+    from cnnc.backends.host.library import SharedModel
+
+    model = SharedModel(path)
+    return Module(lambda: model, threads=threads)
+
+
 class Module:
     """A compiled network.
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from cnnc.backends.host.program import DTYPES, KernelCall, Port, Program, Slot
+from cnnc.backends.host.program import DTYPES, TABLE_SYMBOL, KernelCall, Port, Program, Slot
 
 TRIPLE = "x86_64-unknown-linux-gnu"
-TABLE_SYMBOL = "cnnc_model_v1"
 
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)

@@ -1,6 +1,6 @@
-"""Use a compiled model in this process: from a shared library, or put into memory without a linker.
+"""Use a compiled model in this process: ports and kernels, and contexts to run it with, one for each thread.
 
-Both give the same interface: a model with ports and kernels, from which each thread creates a context of its own.
+This is all that a program which only runs models imports, so it imports little itself.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from cnnc.backends.host.driver import TABLE_SYMBOL, TRIPLE, emit_driver
-from cnnc.backends.host.link import check_binary
-from cnnc.backends.host.program import ALIGNMENT, DTYPES, Port, Program
-from cnnc.backends.host.toolchain import runtime_objects
+from cnnc.backends.host.program import ALIGNMENT, DTYPES, TABLE_SYMBOL, Port
+from cnnc.backends.host.seal import check_binary
 from cnnc.errors import CheckFailed, CnncError, EnvironmentProblem, LimitError, ModelError, UsageError, VerifyError
 
 Array = npt.NDArray[Any]
@@ -130,7 +128,9 @@ _Threads = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
 _ErrorText = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_int)
 
 
-class _Table(ctypes.Structure):
+class Table(ctypes.Structure):
+    """What `cnnc_model_v1` of a binary points to: `cnnc_rt_table` in the runtime's header."""
+
     _fields_ = (
         ("magic", ctypes.c_uint64),
         ("abi", ctypes.c_uint32),
@@ -240,8 +240,8 @@ def _pointers(arrays: Sequence[Array]) -> ctypes.Array[ctypes.c_void_p]:
 class LoadedModel:
     """A compiled model in memory; `create` makes contexts, from any thread and as many as wanted."""
 
-    def __init__(self, table: _Table) -> None:
-        if table.magic != _MAGIC or table.abi != _ABI or table.table_bytes < ctypes.sizeof(_Table):
+    def __init__(self, table: Table) -> None:
+        if table.magic != _MAGIC or table.abi != _ABI or table.table_bytes < ctypes.sizeof(Table):
             raise CheckFailed(
                 f"made by another version of cnnc (interface {table.abi}, this is {_ABI}); build it again"
             )
@@ -290,50 +290,10 @@ class SharedModel(LoadedModel):
         self._unload = weakref.finalize(self, _dlclose, handle)
         library = ctypes.CDLL(None, handle=handle)
         try:
-            table = ctypes.POINTER(_Table).in_dll(library, TABLE_SYMBOL).contents
+            table = ctypes.POINTER(Table).in_dll(library, TABLE_SYMBOL).contents
         except ValueError as error:
             raise CheckFailed(f"{self.path}: no shared library of cnnc: it has no {TABLE_SYMBOL}") from error
         super().__init__(table)
-
-
-class JitModel(LoadedModel):
-    """A program put into this process's memory: no linker, no file.
-
-    Raises EnvironmentProblem when the process may not make memory executable or there is no C compiler for the runtime.
-    """
-
-    def __init__(self, program: Program, objects: Sequence[bytes]) -> None:
-        import llvmlite.binding as llvm
-
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-        builder = llvm.JITLibraryBuilder()
-        for data in [emit_driver(program), *runtime_objects(), *objects]:
-            builder.add_object_img(data)
-        # The weights stay alive, and at their address, as long as this object.
-        self._weights = _aligned_weights(program)
-        builder.import_symbol("cnnc_rt_weights", self._weights.ctypes.data)
-        builder.add_current_process()
-        builder.export_symbol(TABLE_SYMBOL)
-        try:
-            machine = llvm.Target.from_triple(TRIPLE).create_target_machine(reloc="pic", codemodel="small", jit=True)
-            self._engine = llvm.create_lljit_compiler(machine)
-            self._tracker = builder.link(self._engine, f"cnnc_{next(_load_numbers)}")
-        except RuntimeError as error:
-            raise EnvironmentProblem(f"{program.name}: cannot put the model into memory: {error}") from error
-        address = self._tracker[TABLE_SYMBOL]
-        super().__init__(ctypes.POINTER(_Table).from_address(address).contents)
-
-
-def _aligned_weights(program: Program) -> npt.NDArray[np.uint8]:
-    """Return the weights as one block of bytes."""
-    block: npt.NDArray[np.uint8] = aligned_empty((program.weight_bytes,), "u8")
-    start = 0
-    for piece in program.weights:
-        data = np.frombuffer(memoryview(piece).cast("B"), np.uint8)
-        block[start : start + data.size] = data
-        start += data.size
-    return block
 
 
 def _open_library(descriptor: int, path: str) -> int:

@@ -5,19 +5,17 @@ The same inputs and tools give the same bytes: no path, time or random number ge
 
 from __future__ import annotations
 
-import hashlib
 import os
-import stat
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-from cnnc.backends.host.driver import TABLE_SYMBOL, emit_driver, exported_symbols
+from cnnc.backends.host.driver import emit_driver, exported_symbols
 from cnnc.backends.host.elf_data import Pieces, stretch_section, write_data_object
-from cnnc.backends.host.program import ALIGNMENT, MAX_IMAGE, MAX_WEIGHTS, Program
+from cnnc.backends.host.program import ALIGNMENT, MAX_IMAGE, MAX_WEIGHTS, TABLE_SYMBOL, Program
 from cnnc.backends.host.publish import published
+from cnnc.backends.host.seal import seal_binary
 from cnnc.backends.host.toolchain import compiler, run_tool, runtime_objects, tool
-from cnnc.errors import CheckFailed, EnvironmentProblem, VerifyError
+from cnnc.errors import EnvironmentProblem, VerifyError
 
 _LINK_FLAGS = (
     "-Wl,--build-id=none",
@@ -34,10 +32,6 @@ _WEIGHTS = ".cnnc_weights"
 _WEIGHTS_AT = MAX_IMAGE - MAX_WEIGHTS
 # What the linker sees in their place.
 _PLACEHOLDER = (bytes(ALIGNMENT),)
-
-# The last 56 bytes of a binary: a mark, the size before it, and the SHA-256 of everything before it.
-_TRAILER = struct.Struct("<16sQ32s")
-_MARK = b"cnnc-sha256-v1\0\0"
 
 
 def build_shared(program: Program, objects: Sequence[bytes], path: str | os.PathLike[str]) -> None:
@@ -77,21 +71,6 @@ def build_object(program: Program, objects: Sequence[bytes], path: str | os.Path
         run_tool(command, folder)
 
 
-def check_binary(descriptor: int) -> None:
-    """Raise CheckFailed unless the open file is a whole binary of ours, bit for bit as it was written."""
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckFailed("not a file")
-    size = status.st_size
-    if size < _TRAILER.size:
-        raise CheckFailed(f"not a cnnc binary, or cut: only {size} bytes")
-    mark, length, digest = _TRAILER.unpack(os.pread(descriptor, _TRAILER.size, size - _TRAILER.size))
-    if mark != _MARK:
-        raise CheckFailed("not a cnnc binary, or cut, or stripped: the digest at its end is missing; build it again")
-    if length != size - _TRAILER.size or _digest(descriptor, length) != digest:
-        raise CheckFailed("the binary was changed after it was built (its digest differs); build it again")
-
-
 def _collect(
     folder: Path, program: Program, objects: Sequence[bytes], runtime: Sequence[bytes], weights: Pieces
 ) -> list[str]:
@@ -126,18 +105,4 @@ def _finish(program: Program, path: Path) -> None:
     """Add what the linker did not see: the weights, and the digest of it all."""
     if program.weight_bytes:
         stretch_section(path, _WEIGHTS, program.weights)
-    _seal(path)
-
-
-def _seal(path: Path) -> None:
-    with path.open("r+b") as file:
-        length = file.seek(0, os.SEEK_END)
-        file.write(_TRAILER.pack(_MARK, length, _digest(file.fileno(), length)))
-
-
-def _digest(descriptor: int, length: int) -> bytes:
-    digest = hashlib.sha256()
-    step = 1 << 22
-    for start in range(0, length, step):
-        digest.update(os.pread(descriptor, min(step, length - start), start))
-    return digest.digest()
+    seal_binary(path)

@@ -30,6 +30,8 @@ DTYPES: dict[str, tuple[int, int]] = {
     "u64": (13, 8),
 }
 ALIGNMENT = 64
+TABLE_SYMBOL = "cnnc_model_v1"
+"""The one symbol that every binary has, so that a loader need not know its prefix."""
 # What the small code model reaches, and how much of it weights may take; the rest is for code and tables.
 MAX_IMAGE = 2**31
 MAX_WEIGHTS = MAX_IMAGE - 2**27

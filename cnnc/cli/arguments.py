@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import click
 
 from cnnc.cli.progress import Phases
-from cnnc.driver import Options, Report, compile, load
+from cnnc.driver import Options, Report, compile
 from cnnc.errors import UsageError
-from cnnc.module import Module
+from cnnc.module import Module, load
 
 F = TypeVar("F", bound=Callable[..., Any])
 

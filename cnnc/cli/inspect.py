@@ -8,11 +8,11 @@ import click
 
 from cnnc.cli.arguments import compile_options, options_of
 from cnnc.cli.report import print_json, print_table
-from cnnc.driver import load, load_graph
+from cnnc.driver import load_graph
 from cnnc.ir.graph import Graph
 from cnnc.ir.text import print_graph
 from cnnc.ir.view import to_dot
-from cnnc.module import Module
+from cnnc.module import Module, load
 from cnnc.options import format_bytes
 
 

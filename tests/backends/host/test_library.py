@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cnnc.backends.host.library import JitModel, LoadedModel, SharedModel, aligned_empty
+from cnnc.backends.host.jit import JitModel
+from cnnc.backends.host.library import LoadedModel, SharedModel, aligned_empty
 from cnnc.backends.host.link import build_shared
 from cnnc.backends.host.program import KernelCall, Port, Program, Slot
 from cnnc.errors import CheckFailed, EnvironmentProblem, ModelError, UsageError, VerifyError
@@ -441,3 +444,20 @@ def test_changed_cut_and_foreign_files_are_refused(small: Any, kernels: bytes, t
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(CheckFailed):
         SharedModel(tmp_path / "fifo")
+
+
+def test_loading_and_running_a_binary_imports_no_compiler(kernels: bytes, small: Any, tmp_path: Path) -> None:
+    build_shared(small.program, [kernels], tmp_path / "small.so")
+    code = """
+import sys
+import numpy as np
+import cnnc
+
+module = cnnc.load(sys.argv[1], threads=2)
+y, best = module(np.full((12, 32), 0.25, np.float32))
+assert (y.argmax(axis=1) == best).all()
+heavy = ("cnnc.driver", "cnnc.frontends", "cnnc.ir", "cnnc.ops", "cnnc.passes", "llvmlite", "onnx", "tvm")
+print([name for name in heavy if name in sys.modules])
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "small.so")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
