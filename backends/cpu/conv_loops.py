@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 from tvm import tirx
@@ -10,6 +11,7 @@ from tvm import tirx
 from cnnc.backends.cpu import loops
 from cnnc.backends.cpu.body import Body
 from cnnc.backends.cpu.conv_shape import ConvShape, DirectParams, reshaped, segments_of
+from cnnc.backends.cpu.epilogue import finish
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.segments import Run, Segment
 
@@ -99,23 +101,27 @@ class ConvLoops:
         def reduce(channel: Any) -> Any:
             return self._kernel_rows(sums, image, oc, row, column, segment, group * shape.ic_blocks + channel, channel)
 
-        def finish(v: Any, p: Any) -> Any:
-            def lane(c: Any) -> Any:
-                at = (image, oc + v, *self._position(row, column + p), c)
-                value = self.body.value(t.load(sums, v, p, c), at)
-                if shape.oc % block:
-                    inside = (oc + v) * block + c < shape.oc
-                    value = tirx.Select(inside, value, tirx.const(0, self.y.dtype))
-                return t.store(self.y, value, *at)
+        def at(place: tuple[int, ...], lane: Any) -> tuple[Any, ...]:
+            v, p = place
+            return (image, oc + v, *self._position(row, column + p), lane)
 
-            return t.vectorized(block, lane)
+        def value(place: tuple[int, ...], lane: Any) -> Any:
+            value = self.body.value(t.load(sums, *place, lane), at(place, lane))
+            if shape.oc % block:
+                inside = (oc + place[0]) * block + lane < shape.oc
+                value = tirx.Select(inside, value, tirx.const(0, self.y.dtype))
+            return value
+
+        def store(place: tuple[int, ...], lane: Any, value: Any) -> Any:
+            return t.store(self.y, value, *at(place, lane))
 
         def each(body: Any) -> Any:
             return t.unrolled(vectors, lambda v: t.unrolled(segment.pixels, lambda p: body(v, p), "p"), "v")
 
         # A tile that reads nothing but padding has no runs.
         products = t.loop(shape.ic_blocks, reduce, "channel") if segment.runs else None
-        return t.sequence(t.alloc(sums), each(start), products, each(finish))
+        places = list(product(range(vectors), range(segment.pixels)))
+        return t.sequence(t.alloc(sums), each(start), products, finish(places, block, value, store))
 
     def _position(self, row: Any, column: Any) -> tuple[Any, Any]:
         """Give a pixel in the rows of the tensors, which those of the loops may not be."""

@@ -15,6 +15,7 @@ from tvm import tirx
 
 from cnnc.backends.cpu import loops
 from cnnc.backends.cpu.body import BoundBody
+from cnnc.backends.cpu.epilogue import finish
 from cnnc.backends.cpu.segments import Run, Segment, row_segments
 from cnnc.backends.cpu.window_shape import WindowShape
 
@@ -62,14 +63,20 @@ def window_kernel(shape: WindowShape, body: BoundBody, pixels: int, rows: int, s
         def clear(p: Any) -> Any:
             return loops.store(sums, initial, p, 0, lanes=shape.block)
 
-        def finish(p: Any) -> Any:
-            return loops.vectorized(shape.block, lambda c: store(sums, (image, channel, row, column + p, c), p))
+        def at(place: tuple[int, ...], lane: Any) -> tuple[Any, ...]:
+            return (image, channel, row, column + place[0], lane)
+
+        def result(place: tuple[int, ...], lane: Any) -> Any:
+            return value(loops.load(sums, *place, lane), at(place, lane))
+
+        def store(place: tuple[int, ...], lane: Any, value: Any) -> Any:
+            return loops.store(y, value, *at(place, lane))
 
         return loops.sequence(
             loops.alloc(sums),
             loops.unrolled(segment.pixels, clear, "p"),
             _kernel_rows(shape, top, kernel_row) if segment.runs else None,
-            loops.unrolled(segment.pixels, finish, "p"),
+            finish([(p,) for p in range(segment.pixels)], shape.block, result, store),
         )
 
     def one_run(sums: Any, at: tuple[Any, Any, Any], kernel_row: Any, column: Any, run: Run) -> Any:
@@ -85,12 +92,12 @@ def window_kernel(shape: WindowShape, body: BoundBody, pixels: int, rows: int, s
         make = loops.unrolled if run.last - run.first <= MOST_UNROLLED else loops.loop
         return make(run.last - run.first, column_taps, "kernel_column", run.first)
 
-    def store(sums: Any, at: tuple[Any, ...], p: Any) -> Any:
-        value = body.value(loops.load(sums, p, at[-1]), at)
+    def value(total: Any, at: tuple[Any, ...]) -> Any:
+        value = body.value(total, at)
         if shape.c % shape.block:
             inside = at[1] * shape.block + at[-1] < shape.c
             value = tirx.Select(inside, value, tirx.const(0, y.dtype))
-        return loops.store(y, value, *at)
+        return value
 
     return loops.function([*body.inputs, y], loops.parallel(shape.n * shape.blocks * row_blocks, one_slice))
 

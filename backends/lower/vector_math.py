@@ -109,8 +109,14 @@ def log1p(x: Any) -> Any:
 
 
 def sigmoid(x: Any) -> Any:
-    """1 / (1 + e**-x) from e**-|x|, so that nothing overflows."""
-    return _let(exp(-_magnitude(x)), lambda e: tirx.Select(x < 0.0, e, _const(x, 1.0)) / (e + 1.0))
+    """1 / (1 + e**-x) = 2**-64 / (2**-64 + 2**(n-64) * e**r) with -x = n ln2 + r; so scaled, nothing overflows."""
+    tiny = _const(x, 2.0**-64)
+
+    def assemble(n: Any, r: Any) -> Any:
+        return tiny / ((_expm1_near_zero(r) + 1.0) * _power_of_two(n - 64) + tiny)
+
+    # From 40 on the result is 1; below -104 it is 0.
+    return _reduce(-x, -40.0, 104.0, assemble)
 
 
 def tanh(x: Any) -> Any:
