@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from cnnc.profiler.engines import ENGINES
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("tvm", "onnx", "llvmlite", "networkx", "torch", "onnxruntime")
@@ -26,6 +29,13 @@ def test_readme_prints_one_setup_and_one_test_command():
         found = re.findall(rf"<!-- {name} -->\n```sh\n(.+)\n```\n<!-- /{name} -->", readme)
         assert len(found) == 1
         assert ".venv" in found[0]
+
+
+def test_the_bench_extra_holds_the_engines():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    needed = {package for engine in ENGINES.values() for package in engine.needs}
+    # PyTorch is installed in other ways on other machines.
+    assert {re.split("[<>=]", requirement)[0] for requirement in extras["bench"]} == needed - {"torch"}
 
 
 def test_folders_at_the_top_are_parts_of_the_package():

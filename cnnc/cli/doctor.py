@@ -10,11 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 import click
 
 from cnnc.cli.report import print_json, print_table
+from cnnc.profiler.engines import ENGINES
 from cnnc.target import Target, cpu_model_name
 
 _PINNED = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
 _NEEDED = ("llvmlite", "onnx", "numpy", "networkx", "protobuf", "safetensors", "pillow")
-_OPTIONAL = ("onnxruntime",)
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Finding:
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(as_json: bool) -> int:
     """Check the tools and libraries that cnnc needs; exit 6 if one is missing."""
-    findings = [*_packages(), _compiler(), _cpu(), _cache()]
+    findings = [*_packages(), *_engines(), _compiler(), _cpu(), _cache()]
     broken = any(f.cure and f.fatal for f in findings)
     if as_json:
         print_json("doctor", {"healthy": not broken, "findings": [vars(f) for f in findings]})
@@ -51,9 +51,18 @@ def _packages() -> list[Finding]:
     for name in _NEEDED:
         found = _version(name)
         findings.append(Finding(name, found or "missing", "" if found else f"pip install {name}", fatal=True))
-    for name in _OPTIONAL:
-        found = _version(name)
-        findings.append(Finding(name, found or "missing (for --against)", "" if found else f"pip install {name}"))
+    return findings
+
+
+def _engines() -> list[Finding]:
+    """What `--against` may name, with the versions of what it needs."""
+    findings = []
+    for engine in ENGINES.values():
+        versions = {package: _version(package) for package in engine.needs}
+        missing = [package for package, found in versions.items() if not found]
+        found = ", ".join(f"{package} {found or 'missing'}" for package, found in versions.items())
+        cure = f"pip install {' '.join(missing)}" if missing else ""
+        findings.append(Finding(f"--against {engine.name}", found, cure))
     return findings
 
 

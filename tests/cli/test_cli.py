@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cnnc.cli import doctor
 from cnnc.cli.main import run
 
 NETWORK = """
@@ -145,6 +146,20 @@ def test_mistakes_end_in_one_line_and_the_code(
 def test_doctor_is_content_here(capsys: pytest.CaptureFixture[str]):
     assert run(["doctor"]) == 0
     assert "PASSED" in capsys.readouterr().out
+
+
+def test_doctor_lists_the_engines_to_compare_with(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    versions = {"onnxruntime": "1.2.3", "ncnn": "4.5"}
+    monkeypatch.setattr(doctor, "_version", lambda package: versions.get(package, ""))
+    run(["doctor", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    found = {f["what"]: (f["found"], f["cure"]) for f in report["findings"] if f["what"].startswith("--against")}
+    assert found == {
+        "--against onnxruntime": ("onnxruntime 1.2.3", ""),
+        "--against openvino": ("openvino missing", "pip install openvino"),
+        "--against ncnn": ("ncnn 4.5, pnnx missing", "pip install pnnx"),
+        "--against torch": ("torch missing", "pip install torch"),
+    }
 
 
 def test_ops_lists_operators(capsys: pytest.CaptureFixture[str]):

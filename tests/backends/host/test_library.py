@@ -461,3 +461,25 @@ print([name for name in heavy if name in sys.modules])
 """
     command = [sys.executable, "-c", code, str(tmp_path / "small.so")]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_weights_are_mapped_and_not_copied(kernels: bytes, tmp_path: Path) -> None:
+    slices = 35000
+    weights = np.random.default_rng(0).standard_normal((12 * slices, 20), np.float32)
+    call = KernelCall("argmax", (Slot("weights", 0), Slot("output", 0)), slices)
+    output = Port("best", "i32", (12 * slices,))
+    build_shared(Program("large", (), (output,), (call,), 0, 0, (weights.tobytes(),)), [kernels], tmp_path / "large.so")
+    before = resident()
+    context = SharedModel(tmp_path / "large.so").create()
+    (best,) = context.run([])
+    after = resident()
+    np.testing.assert_array_equal(best, weights.argmax(axis=1))
+    # The kernel counts pages in batches.
+    assert after["RssFile"] - before["RssFile"] > 0.9 * weights.nbytes
+    assert after["RssAnon"] - before["RssAnon"] < weights.nbytes / 2
+
+
+def resident() -> dict[str, int]:
+    """Give the bytes of memory this process has of its own (RssAnon) and maps from files (RssFile)."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if line[0].startswith("Rss")}
