@@ -54,6 +54,13 @@ class DenseParams:
     tiles: int
 
 
+PAGE = 4096
+"""Bytes of a page of memory."""
+
+FARTHEST = 1 << 19
+"""Weights of the next tile are asked for if they are no more bytes away than this, else those a page ahead."""
+
+
 def space(shape: DenseShape, machine: Machine) -> Iterator[DenseParams]:
     """Give the tile sizes worth considering."""
     for rows in range(1, min(shape.rows, 6) + 1):
@@ -125,12 +132,21 @@ def build(shape: DenseShape, params: DenseParams, body: Body) -> Any:
             at = [*position(first_row + r), first_output + o]
             return loops.store(y, bound.value(total, at), *at)
 
+        def terms(step: Any) -> Any:
+            return loops.sequence(ahead(step), each(lambda r, o: add(r, o, step)))
+
+        def ahead(step: Any) -> Any:
+            """Ask for weights early: hardware does so up to the end of a page only."""
+            near = 4 * outputs * shape.inputs <= FARTHEST
+            row, column = (first_output + outputs, step * lanes) if near else (first_output, step * lanes + PAGE // 4)
+            return loops.unrolled(outputs, lambda o: loops.prefetch(weight, row + o, column), "o")
+
         rest = shape.inputs - whole * lanes
         return loops.sequence(
             loops.alloc(sums),
             loops.alloc(tails),
             each(clear),
-            loops.loop(whole, lambda step: each(lambda r, o: add(r, o, step)), "step") if whole else None,
+            loops.loop(whole, terms, "step") if whole else None,
             loops.loop(rest, lambda i: each(lambda r, o: add_tail(r, o, whole * lanes + i)), "rest") if rest else None,
             each(finish),
         )
