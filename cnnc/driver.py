@@ -42,7 +42,8 @@ class Options:
 
     `shapes` and `batch` fix sizes an ONNX model leaves open; `level` is the optimisation level 0..3; `passes`
     replaces the pipeline of that level; `dump_ir` is a folder for the IR after each pass that changed it;
-    `exact` keeps convolutions to the very products of the definition, which forbids Winograd's algorithm;
+    `exact` keeps convolutions to the very products of the definition, which forbids Winograd's algorithm; `small`
+    keeps the binary within 1.1 times the model, which leaves room for few of that algorithm's larger weights;
     `records` are the tuned schedules to use: the user's own (True), none (False), or those of a file; shipped ones
     come after them; `cache` off compiles every kernel anew; `name` is what the C functions begin with, by default
     the name of the ONNX file or of the network.
@@ -55,6 +56,7 @@ class Options:
     level: int = 3
     passes: str | None = None
     exact: bool = False
+    small: bool = False
     dump_ir: Path | None = None
     limits: Limits = field(default_factory=Limits)
     records: Path | bool = True
@@ -70,6 +72,7 @@ class Options:
             "level": self.level,
             "passes": self.passes,
             "exact": self.exact,
+            "small": self.small,
             "records": self.records is not False,
             "shapes": shapes,
         }
@@ -111,6 +114,7 @@ def compile(
     level: int = 3,
     passes: str | None = None,
     exact: bool = False,
+    small: bool = False,
     dump_ir: str | os.PathLike[str] | None = None,
     limits: Limits | None = None,
     records: str | os.PathLike[str] | bool = True,
@@ -133,6 +137,7 @@ def compile(
         level=level,
         passes=passes,
         exact=exact,
+        small=small,
         dump_ir=Path(dump_ir) if dump_ir is not None else None,
         limits=limits or Limits(),
         records=records if isinstance(records, bool) else Path(records),
@@ -172,7 +177,12 @@ def lower(graph: Graph, options: Options, report: Report) -> Lowered:
     disk = DiskCache() if options.cache else None
     memory = ScheduleMemory(ScheduleCache(disk))
     records = tuned_records(options.records, target, disk)
-    chosen = pipeline(options.level, TEMPLATES, options.passes, records, memory=memory, exact=options.exact)
+    chosen = pipeline(
+        *(options.level, TEMPLATES, options.passes, records),
+        memory=memory,
+        exact=options.exact,
+        small=options.small,
+    )
     lowered = run_pipeline(graph, target, chosen, dump_dir=options.dump_ir, log=report.rewrites, timings=report.passes)
     for note in records.notes:
         warnings.warn(note, stacklevel=2)

@@ -1,4 +1,4 @@
-"""Limits on what a model may ask of the compiler."""
+"""What a compile may be told: optimisation levels, and limits on what a model may ask for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
+
+LEVELS = (0, 1, 2, 3)
+"""The optimisation levels; `passes/pipeline.py` says what each does."""
 
 
 @dataclass(frozen=True)

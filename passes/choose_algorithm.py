@@ -11,6 +11,7 @@ wherever a tile holds one, and near the largest floats: `exact` forbids them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -20,8 +21,9 @@ import numpy as np
 from cnnc.ir.build import call
 from cnnc.ir.graph import Graph, Node, Value
 from cnnc.ir.rewrite import rewrite
-from cnnc.ir.types import DType
+from cnnc.ir.types import DType, TensorType
 from cnnc.ops.conv import Conv
+from cnnc.ops.source import Constant
 from cnnc.ops.winograd import WinogradWeight, is_supported, transforms, winograd_tile
 from cnnc.passes.constants import array_of
 from cnnc.passes.registry import Pass
@@ -125,30 +127,106 @@ ALGORITHMS: tuple[Algorithm, ...] = (
 """The table: a new algorithm is a line here and a template in the back end."""
 
 
+Layer: TypeAlias = tuple[Conv, Value]
+"""A convolution and its weight: layers that share both are computed the same way."""
+
+
 @dataclass(frozen=True)
 class ChooseAlgorithm(Pass):
-    """Choose an algorithm for every convolution; `budget` bounds its error, `exact` forbids Winograd's."""
+    """Choose an algorithm for every convolution.
+
+    `budget` bounds its error and `exact` forbids Winograd's.  `growth` bounds the bytes that transformed weights add,
+    as a share of those of all constants; they go where they save most time for each byte.
+    """
 
     budget: float = 64.0
     exact: bool = False
+    growth: float = math.inf
 
     def run(self, graph: Graph, target: Target) -> Graph:
         """Set the algorithm of every convolution; one with transformed weights keeps the one they are for."""
-        table = tuple(a for a in ALGORITHMS if a.exact or not self.exact)
+        chosen = self._choices(graph, target)
 
         def choose_algorithm(v: Value) -> Value | None:
-            """conv{algorithm=direct} -> conv{algorithm=cheapest within the budget}."""
+            """conv{algorithm=direct} -> conv{algorithm=cheapest within the bounds}."""
             match v.node:
                 case Node(Conv() as conv, (x, w, *bias)) if conv.tile is None:
-                    best = cheapest(v.node, target, self.budget, table)
+                    best = chosen.get((conv, w), conv.algorithm)
                     if conv.algorithm == best:
                         return None
-                    tile = winograd_tile(best)
-                    weight = w if tile is None else call(WinogradWeight(tile, (conv.stride[0], conv.stride[1])), w)
+                    transform = _transform_of(best, conv)
+                    weight = w if transform is None else call(transform, w)
                     return call(replace(conv, algorithm=best), x, weight, *bias)
             return None
 
         return rewrite(graph, (choose_algorithm,))
+
+    def _choices(self, graph: Graph, target: Target) -> dict[Layer, str]:
+        """Give the algorithm of every layer."""
+        table = tuple(a for a in ALGORITHMS if a.exact or not self.exact)
+        layers = {
+            (node.op, node.inputs[1]): node
+            for node in graph.nodes
+            if isinstance(node.op, Conv) and node.op.tile is None
+        }
+        if math.isinf(self.growth):
+            return {layer: cheapest(node, target, self.budget, table) for layer, node in layers.items()}
+        worth = [
+            (saved / max(_added_bytes(algorithm, node), 1), number, algorithm)
+            for number, node in enumerate(layers.values())
+            for saved, algorithm in savings(node, target, self.budget, table)
+        ]
+        room = _room(graph, self.growth)
+        chosen: dict[Layer, str] = dict.fromkeys(layers, table[0].name)
+        keys = list(layers)
+        for _, number, algorithm in sorted(worth, key=lambda w: -w[0]):
+            layer = keys[number]
+            added = _added_bytes(algorithm, layers[layer])
+            if chosen[layer] == table[0].name and added <= room:
+                chosen[layer] = algorithm
+                room -= added
+        return chosen
+
+
+def _room(graph: Graph, growth: float) -> float:
+    """Give the bytes that transformed weights may still add, beside those there are."""
+    grown = {
+        node.inputs[1]: _bytes_added_to(node.op, node.inputs[1].type)
+        for node in graph.nodes
+        if isinstance(node.op, Conv) and node.op.tile is not None
+    }
+    constants = sum(node.types[0].nbytes for node in graph.nodes if isinstance(node.op, Constant))
+    constants -= sum(added for weight, added in grown.items() if isinstance(weight.op, Constant))
+    return growth * constants - sum(grown.values())
+
+
+def _bytes_added_to(conv: Conv, transformed: TensorType) -> int:
+    kernel = conv.window(transformed).kernel
+    return transformed.nbytes - transformed.with_shape((*transformed.shape[:2], *kernel)).nbytes
+
+
+def _transform_of(algorithm: str, conv: Conv) -> WinogradWeight | None:
+    """Give what an algorithm makes of a convolution's weight, if it changes it."""
+    tile = winograd_tile(algorithm)
+    return None if tile is None else WinogradWeight(tile, (conv.stride[0], conv.stride[1]))
+
+
+def _added_bytes(algorithm: str, node: Node) -> int:
+    """Count the bytes that a layer's weight grows by."""
+    weight = node.inputs[1].type
+    transform = _transform_of(algorithm, node.op) if isinstance(node.op, Conv) else None
+    return 0 if transform is None else transform.infer(weight).nbytes - weight.nbytes
+
+
+def savings(
+    node: Node, target: Target, budget: float, table: tuple[Algorithm, ...] = ALGORITHMS
+) -> list[tuple[float, str]]:
+    """List (seconds saved over the first of a table, name) of what stays within an error budget and saves enough."""
+    first, *others = table
+    possible = [a for a in others if a.error <= budget and a.applies(node)]
+    limit = first.seconds(node, target)
+    saved = [(limit - a.seconds(node, target), a.name) for a in possible]
+    return [(seconds, name) for seconds, name in saved if seconds > (1 - MARGIN) * limit]
 
 
 def cheapest(node: Node, target: Target, budget: float, table: tuple[Algorithm, ...] = ALGORITHMS) -> str:
@@ -156,7 +234,4 @@ def cheapest(node: Node, target: Target, budget: float, table: tuple[Algorithm, 
 
     The first of the table is what remains when none does, or none is cheaper by the margin.
     """
-    first, *others = table
-    possible = [a for a in others if a.error <= budget and a.applies(node)]
-    best = min(possible, key=lambda a: a.seconds(node, target), default=first)
-    return best.name if best.seconds(node, target) < MARGIN * first.seconds(node, target) else first.name
+    return max(savings(node, target, budget, table), default=(0.0, table[0].name))[1]

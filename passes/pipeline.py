@@ -19,6 +19,7 @@ from cnnc.ir.graph import Graph
 from cnnc.ir.rewrite import RewriteLog, recording
 from cnnc.ir.text import print_graph
 from cnnc.ir.verify import verify
+from cnnc.options import LEVELS
 from cnnc.passes.assign_layouts import AssignLayouts
 from cnnc.passes.choose_algorithm import ChooseAlgorithm
 from cnnc.passes.cse import Cse
@@ -34,8 +35,6 @@ from cnnc.passes.simplify import Simplify
 from cnnc.passes.tile import KernelTemplate, Memory, NoMemory, Records, Tile, no_records
 from cnnc.target import Target
 
-LEVELS = (0, 1, 2, 3)
-
 
 def pipeline(
     level: int,
@@ -45,11 +44,13 @@ def pipeline(
     *,
     memory: Memory | None = None,
     exact: bool = False,
+    small: bool = False,
 ) -> tuple[Pass, ...]:
     """Give the passes of an optimisation level, or those that `passes` spells out.
 
     `templates` and `records` are what the tile pass chooses from, `memory` keeps what it found; `exact` keeps to
-    algorithms that add up the very products of the definition.  Raises `UsageError` for a level that does not exist.
+    algorithms that add up the very products of the definition, `small` to weights hardly larger than the model's.
+    Raises `UsageError` for a level that does not exist.
     """
     handed_in: dict[str, Any] = {
         "templates": tuple(templates),
@@ -58,7 +59,7 @@ def pipeline(
     }
     if passes is not None:
         given = parse_passes(passes, {"tile": handed_in})
-        return tuple(replace(p, exact=p.exact or exact) if isinstance(p, ChooseAlgorithm) else p for p in given)
+        return tuple(_bounded(p, exact, small) if isinstance(p, ChooseAlgorithm) else p for p in given)
     if level not in LEVELS:
         raise UsageError(f"optimisation level {level} does not exist; use one of {', '.join(map(str, LEVELS))}")
     tile = Tile(**handed_in)
@@ -67,10 +68,20 @@ def pipeline(
     chosen: list[Pass] = [Simplify(), FoldConstants(), FoldBatchNorm(), FoldPad(), FuseAttention()]
     chosen += [Simplify(), PushSlices(), FoldConstants(), Cse()]
     if level >= 3:
-        chosen += [ChooseAlgorithm(exact=exact), FoldConstants()]
+        chosen += [_bounded(ChooseAlgorithm(), exact, small), FoldConstants()]
     if level >= 2:
         chosen += [AssignLayouts(), PackWeights(), Cse()]
     return (*chosen, Fuse(), tile)
+
+
+SMALL_GROWTH = 0.08
+"""What transformed weights may add where an artifact is to stay small: with code, it then grows by less than 0.1."""
+
+
+def _bounded(choose: ChooseAlgorithm, exact: bool, small: bool) -> ChooseAlgorithm:
+    """Bound a choice of algorithms further."""
+    growth = min(choose.growth, SMALL_GROWTH) if small else choose.growth
+    return replace(choose, exact=choose.exact or exact, growth=growth)
 
 
 def run_pipeline(

@@ -18,7 +18,7 @@ from cnnc.driver import load_graph
 from cnnc.ir.graph import Graph
 from cnnc.ir.interp import evaluate
 from cnnc.module import Module
-from cnnc.passes.pipeline import LEVELS
+from cnnc.options import LEVELS
 from tests.random_onnx import pruned, random_network
 
 Arrays = Mapping[str, np.ndarray]

@@ -14,6 +14,7 @@ from cnnc.cli.progress import Phases
 from cnnc.driver import Options, Report, compile
 from cnnc.errors import UsageError
 from cnnc.module import Module, load
+from cnnc.options import LEVELS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -45,7 +46,11 @@ def model_options(function: F) -> F:
         click.option("--shape", "shapes", multiple=True, metavar="x=1x3x224x224", help="Fix an input's shape."),
         click.option("--batch", type=click.IntRange(min=1), help="Fix the batch size where the model leaves it open."),
         click.option(
-            "-O", "level", type=click.IntRange(0, 3), default=3, show_default=True, help="Optimisation level."
+            *("-O", "level"),
+            type=click.Choice([*map(str, LEVELS), "s"]),
+            default="3",
+            show_default=True,
+            help="Optimisation level; s keeps the binary within 1.1 times the model.",
         ),
         click.option("--passes", help='Run these passes instead, e.g. "fold_batch_norm,cse,fuse".'),
         click.option("--exact", is_flag=True, help="Add up the very products of each convolution: no Winograd."),
@@ -70,9 +75,10 @@ def options_of(arguments: dict[str, Any]) -> Options:
         threads=arguments.get("threads", 1),
         shapes=dict(_parse_shape(text) for text in arguments["shapes"]),
         batch=arguments["batch"],
-        level=arguments["level"],
+        level=max(LEVELS) if arguments["level"] == "s" else int(arguments["level"]),
         passes=arguments["passes"],
         exact=arguments["exact"],
+        small=arguments["level"] == "s",
         dump_ir=arguments["dump_ir"],
         records=_records_of(arguments),
         cache=not arguments["no_cache"],
@@ -97,6 +103,7 @@ def open_model(model: str, arguments: dict[str, Any], name: str | None = None) -
             level=options.level,
             passes=options.passes,
             exact=options.exact,
+            small=options.small,
             dump_ir=options.dump_ir,
             records=options.records,
             cache=options.cache,

@@ -34,7 +34,8 @@ def command(model: str | None, list_passes: bool, print_after_each: bool, **argu
     graph = load_graph(model, options)
     target = Target.parse(options.target)
     records = tuned_records(options.records, target)
-    for step in pipeline(options.level, TEMPLATES, options.passes, records, exact=options.exact):
+    steps = pipeline(options.level, TEMPLATES, options.passes, records, exact=options.exact, small=options.small)
+    for step in steps:
         graph = run_pipeline(graph, target, [step])
         if print_after_each:
             click.echo(f"; after {step.name}\n{print_graph(graph)}")

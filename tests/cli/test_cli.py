@@ -165,3 +165,21 @@ def test_doctor_lists_the_engines_to_compare_with(monkeypatch: pytest.MonkeyPatc
 def test_ops_lists_operators(capsys: pytest.CaptureFixture[str]):
     assert run(["ops", "--json"]) == 0
     assert "Conv" in json.loads(capsys.readouterr().out)["onnx"]
+
+
+def test_small_binaries_are_asked_for_by_a_level(tmp_path: Path):
+    """The weights of this layer grow by 16 / 9 and more with Winograd's algorithm."""
+    source = tmp_path / "net.py"
+    layers = 'x >> conv(64, 3, pad=1, name="a") >> conv(64, 3, pad=1, name="b")'
+    source.write_text(
+        f"from cnnc.frontends.dsl import conv, network\n@network(x=(64, 28, 28))\ndef net(x):\n    return {layers}\n"
+    )
+    sizes = {}
+    for level in ("3", "s"):
+        path = tmp_path / f"net{level}.so"
+        assert run(["compile", f"{source}:net", "-O", level, "-o", str(path)]) == 0
+        sizes[level] = path.stat().st_size
+    model = 2 * 64 * (64 * 9 + 1) * 4
+    assert sizes["3"] > 2.5 * model
+    assert sizes["s"] < 1.1 * model + (64 << 10), "the runtime's code beside the weights"
+    assert run(["compile", f"{source}:net", "-O", "t", "-o", str(path)]) == 2

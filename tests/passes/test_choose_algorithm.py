@@ -9,7 +9,7 @@ import pytest
 
 from cnnc.ir.build import call
 from cnnc.ir.text import print_graph
-from cnnc.ops import Conv, constant, graph_input
+from cnnc.ops import Conv, MaxPool, constant, graph_input
 from cnnc.passes.choose_algorithm import ALGORITHMS, Algorithm, ChooseAlgorithm, cheapest
 from cnnc.passes.fold_constants import FoldConstants
 from cnnc.passes.pipeline import pipeline
@@ -94,3 +94,25 @@ def test_only_what_winograd_takes(rng):
     ]
     assert [cheapest(v.node, TARGET, 64.0) for v in refused] == ["direct"] * len(refused)
     assert cheapest(call(plain, x, w).node, TARGET, 64.0) == "winograd4"
+
+
+def test_growth_goes_where_it_saves_most(rng):
+    """Three layers of 144, 144 and 288 KiB; the first has 16 times the pixels of the second."""
+    x = image(1, 64, 32, 32)
+    y = conv(x, weights(rng, 64, 64, 3, 3), pad=1)
+    z = conv(call(MaxPool((4, 4), (4, 4), (0, 0, 0, 0), (1, 1)), y), weights(rng, 64, 64, 3, 3), pad=1)
+    graph = graph_of(conv(z, weights(rng, 128, 64, 3, 3), pad=1))
+    constants = 9 * 4 * (64 * 64 * 2 + 128 * 64)
+
+    def algorithms(growth):
+        done = check(ChooseAlgorithm(growth=growth), graph, rng)
+        return [n.op.algorithm for n in done.nodes if isinstance(n.op, Conv)]
+
+    assert algorithms(np.inf) == ["winograd4"] * 3
+    assert algorithms(0.0) == ["direct"] * 3
+    first = (4 * 64 * 64 * (16 - 9) + 1) / constants
+    assert algorithms(first) == ["winograd2", "direct", "direct"]
+    for growth in (0.05, 0.1, 0.3, 1.0, 2.0):
+        done = ChooseAlgorithm(growth=growth).run(graph, TARGET)
+        added = [n.types[0].nbytes - n.inputs[0].type.nbytes for n in done.nodes if n.op.name == "winograd_weight"]
+        assert sum(added) <= growth * constants

@@ -12,11 +12,12 @@ from cnnc.ir.graph import Graph, Node, Value
 from cnnc.ir.rewrite import RewriteLog
 from cnnc.ir.text import print_graph
 from cnnc.ops import Add, Dense, Fused, MaxPool, Pad, Relu, Reshape, Schedule
+from cnnc.options import LEVELS
 from cnnc.passes import registry
 from cnnc.passes.assign_layouts import AssignLayouts
 from cnnc.passes.check_plan import check_plan
 from cnnc.passes.fuse import Fuse
-from cnnc.passes.pipeline import LEVELS, pipeline, run_pipeline
+from cnnc.passes.pipeline import pipeline, run_pipeline
 from cnnc.passes.plan_memory import plan_memory
 from cnnc.passes.registry import PASSES, Pass, parse_passes, print_passes
 from cnnc.passes.tile import Tile

@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cnnc.ir.graph import Graph
+from cnnc.options import LEVELS
 from cnnc.passes.check_plan import check_plan
-from cnnc.passes.pipeline import LEVELS, pipeline, run_pipeline
+from cnnc.passes.pipeline import pipeline, run_pipeline
 from cnnc.passes.plan_memory import live_bytes, plan_memory
 from cnnc.passes.registry import parse_passes
 from cnnc.target import Target
