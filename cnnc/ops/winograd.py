@@ -244,8 +244,8 @@ def _combined(te: Any, matrix: Sequence[Sequence[float]], row: Any, values: Sequ
     return chosen
 
 
-_ROWS = 4096
-"""Kernels transformed at a time."""
+_PRODUCTS = 1 << 17
+"""Multiply-adds done at a time: few enough to stay in cache, and for BLAS not to start threads that cost more."""
 
 
 @dataclass(frozen=True)
@@ -287,8 +287,9 @@ class WinogradWeight(Op):
         both = np.kron(g, h).T
         kernels = w.reshape(-1, both.shape[0])
         u = np.empty((len(kernels), both.shape[1]), w.dtype)
-        for start in range(0, len(kernels), _ROWS):
-            rows = slice(start, start + _ROWS)
+        count = max(1, _PRODUCTS // both.size)
+        for start in range(0, len(kernels), count):
+            rows = slice(start, start + count)
             u[rows] = kernels[rows].astype(np.float64) @ both
         return u.reshape(*w.shape[:2], len(g), len(h))
 
