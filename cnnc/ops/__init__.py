@@ -30,7 +30,7 @@ from cnnc.ops.fused import Fused, Schedule
 from cnnc.ops.gather import Gather, GatherElements, GatherNd
 from cnnc.ops.layout_transform import LayoutTransform
 from cnnc.ops.lrn import Lrn
-from cnnc.ops.norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, LpNormalize, RmsNorm
+from cnnc.ops.norm import BatchNorm, ChannelNorm, GroupNorm, InstanceNorm, LayerNorm, LpNormalize, RmsNorm
 from cnnc.ops.pad import Pad
 from cnnc.ops.pool import AveragePool, LpPool, MaxPool, MinPool
 from cnnc.ops.reduce import (
@@ -124,6 +124,7 @@ __all__ = [
     "Cast",
     "Ceil",
     "Celu",
+    "ChannelNorm",
     "Clip",
     "Concat",
     "Constant",
