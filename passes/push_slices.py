@@ -19,12 +19,10 @@ from cnnc.ir.rewrite import rewrite, sole_use
 from cnnc.ops.attention import Attention
 from cnnc.ops.binary import Add, Div, Mul, Sub
 from cnnc.ops.dense import Dense, MatMul
-from cnnc.ops.gather import Gather
 from cnnc.ops.norm import LayerNorm
 from cnnc.ops.reshape import Reshape, Transpose
 from cnnc.ops.slice import Slice
 from cnnc.ops.softmax import Softmax
-from cnnc.passes.constants import array_of
 from cnnc.passes.cse import Cse
 from cnnc.passes.registry import Pass
 from cnnc.target import Target
@@ -43,24 +41,11 @@ class PushSlices(Pass):
     def run(self, graph: Graph, target: Target) -> Graph:
         """Give the graph that computes less; equal slices become one, so that what they cut may be theirs alone."""
         for _ in range(MOST_ROUNDS):
-            moved = rewrite(graph, (gather_one, push_slice))
+            moved = rewrite(graph, (push_slice,))
             if moved.outputs == graph.outputs:
                 break
             graph = Cse().run(moved, target)
         return graph
-
-
-def gather_one(v: Value) -> Value | None:
-    """gather(x, number) -> reshape(slice(x))."""
-    match v.node:
-        case Node(Gather(axis), (x, c)) if x.type.is_static:
-            indices, shape = array_of(c), x.type.static_shape
-            if indices is None or indices.size != 1 or not -shape[axis] <= int(indices.flat[0]) < shape[axis]:
-                return None
-            starts = tuple(int(indices.flat[0]) % shape[axis] if i == axis else 0 for i in range(len(shape)))
-            sizes = tuple(1 if i == axis else size for i, size in enumerate(shape))
-            return call(Reshape(v.shape), call(Slice(starts, sizes, (1,) * len(shape)), x))
-    return None
 
 
 def push_slice(v: Value) -> Value | None:

@@ -9,11 +9,13 @@ from cnnc.ir.build import call
 from cnnc.ir.graph import Node, Value
 from cnnc.ir.rewrite import sole_use
 from cnnc.ops.concat import Concat, Split
+from cnnc.ops.gather import Gather
 from cnnc.ops.layout_transform import LayoutTransform
 from cnnc.ops.pad import Pad
 from cnnc.ops.reduce import ReduceMax, ReduceMean, ReduceMin, ReduceSum
 from cnnc.ops.reshape import Expand, Reshape, Tile, Transpose
 from cnnc.ops.slice import Slice
+from cnnc.passes.constants import array_of
 
 
 def move_nothing(v: Value) -> Value | None:
@@ -96,6 +98,19 @@ def slice_of_slice(v: Value) -> Value | None:
     return None
 
 
+def gather_one(v: Value) -> Value | None:
+    """gather(x, number) -> reshape(slice(x))."""
+    match v.node:
+        case Node(Gather(axis), (x, c)) if x.type.is_static:
+            indices, shape = array_of(c), x.type.static_shape
+            if indices is None or indices.size != 1 or not -shape[axis] <= int(indices.flat[0]) < shape[axis]:
+                return None
+            starts = tuple(int(indices.flat[0]) % shape[axis] if i == axis else 0 for i in range(len(shape)))
+            sizes = tuple(1 if i == axis else size for i, size in enumerate(shape))
+            return call(Reshape(v.shape), call(Slice(starts, sizes, (1,) * len(shape)), x))
+    return None
+
+
 MOVEMENT = (
     move_nothing,
     reshape_twice,
@@ -105,4 +120,5 @@ MOVEMENT = (
     concat_of_concat,
     keep_reduced_axes,
     slice_of_slice,
+    gather_one,
 )

@@ -12,13 +12,13 @@ import numpy as np
 
 from cnnc.ir.build import call
 from cnnc.ir.graph import Node, Value
-from cnnc.ir.rewrite import miss
+from cnnc.ir.rewrite import miss, sole_use
 from cnnc.ops.binary import Add, Div, Mul, Pow, Sub
 from cnnc.ops.lrn import Lrn
-from cnnc.ops.norm import LayerNorm
+from cnnc.ops.norm import ChannelNorm, LayerNorm
 from cnnc.ops.pool import AveragePool
 from cnnc.ops.reduce import ReduceMean
-from cnnc.ops.reshape import Reshape
+from cnnc.ops.reshape import Reshape, Transpose
 from cnnc.ops.source import Constant, constant
 from cnnc.ops.unary import Clip, Erf, Gelu, HardSigmoid, HardSwish, Sigmoid, Silu, Sqrt, Tanh
 from cnnc.passes.constants import array_of, constant_operand, scalar_of
@@ -219,6 +219,22 @@ def layer_norm_shift(v: Value) -> Value | None:
     return None
 
 
+def channel_norm(v: Value) -> Value | None:
+    """transpose(layer_norm(transpose(x))) -> channel_norm(x), where channels are last in between and first around."""
+    match v.node:
+        case Node(Transpose(back), (Value(Node(LayerNorm(axis, epsilon), (y, gamma, *beta))),)):
+            rank = y.type.rank
+            moves = isinstance(y.op, Transpose) and y.op.perm == (0, *range(2, rank), 1)
+            if not moves or back != (0, rank - 1, *range(1, rank - 1)) or axis % rank != rank - 1:
+                return None
+            if not sole_use(v.inputs[0]):
+                miss("the layer norm is read elsewhere, too")
+                return None
+            zeros = constant(np.zeros(gamma.type.static_shape, gamma.dtype.numpy))
+            return call(ChannelNorm(epsilon), y.inputs[0], gamma, *(beta or (zeros,)))
+    return None
+
+
 def _trailing(c: Value, like: Value) -> Value | None:
     """Give a constant that broadcasts over the normalised axes only, in just their shape."""
     array = array_of(c)
@@ -277,5 +293,6 @@ PATTERNS = (
     layer_norm,
     layer_norm_scale,
     layer_norm_shift,
+    channel_norm,
     lrn,
 )

@@ -22,6 +22,7 @@ from cnnc.ops import (
     Div,
     Erf,
     Expand,
+    Gather,
     Gelu,
     HardSigmoid,
     HardSwish,
@@ -332,6 +333,40 @@ def test_layer_norm_with_other_factors(rng):
 
 def test_a_norm_over_the_first_axes_stays(rng):
     assert "layer_norm" not in operators(check(SIMPLIFY, graph_of(layer_norm_pieces(image(2, 5, 8), (1,))), rng))
+
+
+@pytest.mark.parametrize("index", [np.array(0), np.array(-1), np.array([3]), np.array([[2]])])
+def test_a_gather_of_one_index_is_a_slice(rng, index):
+    graph = graph_of(call(Gather(1), image(2, 5, 3), constant(index)))
+    assert "gather" not in operators(check(SIMPLIFY, graph, rng))
+
+
+def test_other_gathers_stay(rng):
+    several = graph_of(call(Gather(0), image(3, 6), constant(np.array([0, 2]))))
+    assert operators(check(SIMPLIFY, several, rng)) == ["gather"]
+    outside = graph_of(call(Gather(0), image(3, 6), constant(np.array(3))))
+    assert operators(SIMPLIFY.run(outside, TARGET)) == ["gather"]
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (2, 5, 3), (1, 3, 2, 2, 2)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_channel_norm(rng, shape, shifted):
+    rank = len(shape)
+    last, first = (0, *range(2, rank), 1), (0, rank - 1, *range(1, rank - 1))
+    vectors = [weights(rng, shape[1]) for _ in range(2 if shifted else 1)]
+    y = call(Transpose(first), call(LayerNorm(rank - 1), call(Transpose(last), image(*shape)), *vectors))
+    assert operators(check(SIMPLIFY, graph_of(y), rng)) == ["channel_norm"]
+
+
+def test_a_norm_of_other_axes_or_that_others_read_is_no_channel_norm(rng):
+    x = call(Transpose((0, 2, 3, 1)), image(2, 4, 4, 4))
+    norm = call(LayerNorm(3), x, weights(rng, 4))
+    back = call(Transpose((0, 3, 1, 2)), norm)
+    assert "channel_norm" not in operators(check(SIMPLIFY, graph_of(back, norm), rng))
+    other = call(Transpose((0, 2, 1, 3)), norm)
+    assert "channel_norm" not in operators(check(SIMPLIFY, graph_of(other), rng))
+    wide = call(LayerNorm(2), x, weights(rng, 4, 4))
+    assert "channel_norm" not in operators(check(SIMPLIFY, graph_of(call(Transpose((0, 3, 1, 2)), wide)), rng))
 
 
 def torch_lrn(x: Value, size: int, alpha: float, beta: float, bias: float) -> Value:
