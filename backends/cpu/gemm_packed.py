@@ -11,7 +11,6 @@ lies in memory.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +20,7 @@ from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, params_of
 from cnnc.backends.cpu.gemm import DenseShape
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.register_tile import RegisterTile, register_tile, step_cycles
+from cnnc.backends.cpu.row_index import at_most, position
 from cnnc.backends.cpu.segments import even_split
 from cnnc.errors import VerifyError
 from cnnc.ir.graph import Node
@@ -32,7 +32,17 @@ from cnnc.target import Target
 if TYPE_CHECKING:
     from cnnc.backends.cpu.body import Body
 
-__all__ = ["VECTORS", "PackedDense", "PackedParams", "build", "cost", "space", "weight_shape"]
+__all__ = [
+    "VECTORS",
+    "Columns",
+    "PackedDense",
+    "PackedParams",
+    "build",
+    "cost",
+    "last_columns",
+    "space",
+    "weight_shape",
+]
 
 VECTORS = 2
 """Vectors in a block of the weight: with all the rows that fit, the tile that needs the fewest loads."""
@@ -95,9 +105,9 @@ def build(shape: DenseShape, params: PackedParams, body: Body) -> Any:
     bound = body.bind((*shape.leading, shape.outputs))
     (x, weight), y = bound.operands[:2], bound.output()
     lanes, width = shape.lanes, VECTORS * shape.lanes
-    columns = _columns(shape)
+    columns = last_columns(shape.outputs, lanes)
 
-    def tile(first_row: Any, block: Any, rows: int, part: _Columns) -> Any:
+    def tile(first_row: Any, block: Any, rows: int, part: Columns) -> Any:
         def finish(r: Any, v: Any, lane: Any) -> Any:
             def store(i: Any) -> Any:
                 at = [*position(shape.leading, first_row + r), block * width + part.offset + v * lanes + i]
@@ -113,7 +123,7 @@ def build(shape: DenseShape, params: PackedParams, body: Body) -> Any:
             finish,
         )
 
-    def row_tile(index: Any, block: Any, part: _Columns) -> Any:
+    def row_tile(index: Any, block: Any, part: Columns) -> Any:
         """Write tile number `index` of the rows; the last ones may be a row lower."""
         (rows, full), *lower = even_split(shape.rows, params.rows)
         first = tile(index * rows, block, rows, part)
@@ -127,23 +137,23 @@ def build(shape: DenseShape, params: PackedParams, body: Body) -> Any:
     blocks = weight_shape(shape)[0]
 
     def one_block(block: Any, first: Any, tiles: Any) -> Any:
-        def run(part: _Columns) -> Any:
+        def run(part: Columns) -> Any:
             return loops.loop(tiles, lambda t: row_tile(first + t, block, part), "row_tile")
 
-        inner = run(_Columns(0, VECTORS, lanes)) if blocks > bool(columns) else None
+        inner = run(Columns(0, VECTORS, lanes)) if blocks > bool(columns) else None
         last = loops.sequence(*map(run, columns)) if columns else inner
         return last if inner is None else inner if not columns else loops.when(block < blocks - 1, inner, last)
 
     def one_slice(index: Any) -> Any:
         first, block = index % row_slices * params.tiles, index // row_slices * params.blocks
-        tiles = _at_most(params.tiles, row_tiles, first)
-        return loops.loop(_at_most(params.blocks, blocks, block), lambda b: one_block(block + b, first, tiles), "block")
+        tiles = at_most(params.tiles, row_tiles, first)
+        return loops.loop(at_most(params.blocks, blocks, block), lambda b: one_block(block + b, first, tiles), "block")
 
     return loops.function([*bound.inputs, y], loops.parallel(row_slices * -(-blocks // params.blocks), one_slice))
 
 
 @dataclass(frozen=True)
-class _Columns:
+class Columns:
     """`vectors` vectors from lane `offset` of a block on, each with `outputs` outputs to store."""
 
     offset: int
@@ -151,30 +161,11 @@ class _Columns:
     outputs: int
 
 
-def _columns(shape: DenseShape) -> list[_Columns]:
+def last_columns(outputs: int, lanes: int) -> list[Columns]:
     """Give what is computed of the last block where that is not full: whole vectors, and one that is none."""
-    full, ragged = divmod(shape.outputs % (VECTORS * shape.lanes), shape.lanes)
-    whole = [_Columns(0, full, shape.lanes)] if full else []
-    return whole + ([_Columns(full * shape.lanes, 1, ragged)] if ragged else [])
-
-
-def _at_most(count: int, total: int, first: Any) -> Any:
-    """Give how many of `count` there are from `first` on, of `total`."""
-    from tvm import tirx
-
-    from cnnc.backends.cpu import loops
-
-    return count if total % count == 0 else tirx.min(loops.const(count), total - first)
-
-
-def position(extents: tuple[int, ...], row: Any) -> list[Any]:
-    """Give the indices along leading axes of row number `row`."""
-    found: list[Any] = []
-    wide = [axis for axis, extent in enumerate(extents) if extent > 1]
-    for axis, extent in enumerate(extents):
-        index = row // math.prod(extents[axis + 1 :])
-        found.append(0 if axis not in wide else index if axis == wide[0] else index % extent)
-    return found
+    full, ragged = divmod(outputs % (VECTORS * lanes), lanes)
+    whole = [Columns(0, full, lanes)] if full else []
+    return whole + ([Columns(full * lanes, 1, ragged)] if ragged else [])
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,10 @@ from cnnc.backends.cpu.depthwise import Depthwise
 from cnnc.backends.cpu.gemm import DenseTemplate
 from cnnc.backends.cpu.gemm_packed import PackedDense
 from cnnc.backends.cpu.generic import Generic
+from cnnc.backends.cpu.matmul import MatMulTemplate
+from cnnc.backends.cpu.norm import NormTemplate
 from cnnc.backends.cpu.pool import GlobalPool, Pool
+from cnnc.backends.cpu.softmax import SoftmaxTemplate
 from cnnc.backends.cpu.template import Template
 from cnnc.backends.cpu.winograd import Winograd
 from cnnc.errors import VerifyError
@@ -24,7 +27,10 @@ TEMPLATES: tuple[Template, ...] = (
     GlobalPool(),
     DenseTemplate(),
     PackedDense(),
+    MatMulTemplate(),
     AttentionTemplate(),
+    NormTemplate(),
+    SoftmaxTemplate(),
     Generic(),
 )
 
