@@ -11,7 +11,14 @@ from cnnc.backends.cpu import loops
 from cnnc.backends.cpu.attention import AttentionParams, AttentionShape
 from cnnc.backends.cpu.body import Body
 from cnnc.backends.cpu.machine import Machine
-from cnnc.backends.cpu.register_tile import RegisterTile, best_tile, register_tile, vector_starts, vector_width
+from cnnc.backends.cpu.register_tile import (
+    RegisterTile,
+    best_tile,
+    register_tile,
+    store_sums,
+    vector_starts,
+    vector_width,
+)
 from cnnc.backends.cpu.segments import even_split
 from cnnc.backends.cpu.transpose_block import transpose_block
 from cnnc.backends.lower import vector_math
@@ -116,15 +123,20 @@ class AttentionLoops:
     def _score(self, batch: Any, head: Any, first: Any, key: Any, rows: int) -> Any:
         lanes = self.lanes
 
-        def finish(r: Any, v: Any, lane: Any) -> Any:
-            def store(i: Any) -> Any:
-                value = lane(i) + self._masked(batch, head, self._query(first, v * lanes + i), key + r)
-                return loops.store(self.scores, value, key + r, v * lanes + i)
+        def finish(total: Any) -> Any:
+            def score(r: Any, v: Any, lane: Any) -> Any:
+                return total(r, v, lane) + self._masked(batch, head, self._query(first, v * lanes + lane), key + r)
 
-            return loops.vectorized(lanes, store)
+            return store_sums(
+                size,
+                lanes,
+                score,
+                lambda r, v, lane, value: loops.store(self.scores, value, key + r, v * lanes + lane),
+            )
 
+        size = RegisterTile(rows, self.params.vectors, lanes, self.shape.op.size)
         return register_tile(
-            RegisterTile(rows, self.params.vectors, lanes, self.shape.op.size),
+            size,
             lambda r, d: loops.load(self.k, batch, key + r, self._feature(1, head, d)),
             lambda d, v: loops.load(self.queries, d, v * lanes, lanes=lanes),
             finish,
@@ -241,14 +253,18 @@ class AttentionLoops:
         (row, vector), (rows, vectors, lanes) = at, tile
         size = self.shape.op.value_size
 
-        def finish(r: Any, v: Any, lane: Any) -> Any:
-            def store(i: Any) -> Any:
+        def finish(total: Any) -> Any:
+            def store(r: Any, v: Any, i: Any) -> Any:
                 feature = head * size + vector_starts(vector + v, size, lanes) + i
                 place = (batch, first + row + r, feature)
-                return loops.store(self.y, self.body.value(lane(i), place), *place)
+                return loops.store(self.y, self.body.value(total(r, v, i), place), *place)
 
-            inside = first + row + r < self.shape.queries if self.shape.queries % self.width else True
-            return loops.when(inside, loops.vectorized(lanes, store))
+            def store_row(r: Any) -> Any:
+                inside = first + row + r < self.shape.queries if self.shape.queries % self.width else True
+                every = loops.unrolled(vectors, lambda v: loops.vectorized(lanes, lambda i: store(r, v, i)), "v")
+                return loops.when(inside, every)
+
+            return loops.unrolled(rows, store_row, "r")
 
         def value(key: Any, v: Any) -> Any:
             feature = self._feature(2, head, vector_starts(vector + v, size, lanes))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, params_of, schedule_of
 from cnnc.backends.cpu.gemm import DenseShape
 from cnnc.backends.cpu.machine import Machine
-from cnnc.backends.cpu.register_tile import RegisterTile, register_tile, step_cycles
+from cnnc.backends.cpu.register_tile import RegisterTile, register_tile, step_cycles, store_sums
 from cnnc.backends.cpu.row_index import at_most, position
 from cnnc.backends.cpu.segments import even_split
 from cnnc.errors import VerifyError
@@ -108,16 +108,20 @@ def build(shape: DenseShape, params: PackedParams, body: Body) -> Any:
     columns = last_columns(shape.outputs, lanes)
 
     def tile(first_row: Any, block: Any, rows: int, part: Columns) -> Any:
-        def finish(r: Any, v: Any, lane: Any) -> Any:
-            def store(i: Any) -> Any:
-                at = [*position(shape.leading, first_row + r), block * width + part.offset + v * lanes + i]
-                return loops.store(y, bound.value(lane(i), at), *at)
+        def at(r: Any, v: Any, lane: Any) -> list[Any]:
+            return [*position(shape.leading, first_row + r), block * width + part.offset + v * lanes + lane]
 
-            whole = part.outputs == lanes
-            return loops.vectorized(lanes, store) if whole else loops.loop(part.outputs, store, "lane")
+        def finish(total: Any) -> Any:
+            return store_sums(
+                size,
+                part.outputs,
+                lambda *place: bound.value(total(*place), at(*place)),
+                lambda r, v, lane, value: loops.store(y, value, *at(r, v, lane)),
+            )
 
+        size = RegisterTile(rows, part.vectors, lanes, shape.inputs)
         return register_tile(
-            RegisterTile(rows, part.vectors, lanes, shape.inputs),
+            size,
             lambda r, k: loops.load(x, *position(shape.leading, first_row + r), k),
             lambda k, v: loops.load(weight, block, k, part.offset + v * lanes, lanes=lanes),
             finish,

@@ -11,7 +11,7 @@ from cnnc.backends.cpu import loops
 from cnnc.backends.cpu.body import Body
 from cnnc.backends.cpu.gemm_packed import VECTORS, Columns, last_columns
 from cnnc.backends.cpu.matmul import MatMulParams, MatMulShape
-from cnnc.backends.cpu.register_tile import RegisterTile, register_tile
+from cnnc.backends.cpu.register_tile import RegisterTile, register_tile, store_sums
 from cnnc.backends.cpu.row_index import at_most, position
 from cnnc.backends.cpu.segments import even_split
 from cnnc.backends.cpu.transpose_block import transpose_block
@@ -138,16 +138,20 @@ class MatMulLoops:
         def left(r: Any, k: Any) -> Any:
             return loops.load(self.a, *at, *((k, first + r) if shape.transpose_a else (first + r, k)))
 
-        def finish(r: Any, v: Any, lane: Any) -> Any:
-            def store(i: Any) -> Any:
-                place = [*batch, first + r, panel * self.width + part.offset + v * lanes + i]
-                return loops.store(self.y, self.body.value(lane(i), place), *place)
+        def place(r: Any, v: Any, lane: Any) -> list[Any]:
+            return [*batch, first + r, panel * self.width + part.offset + v * lanes + lane]
 
-            whole = part.outputs == lanes
-            return loops.vectorized(lanes, store) if whole else loops.loop(part.outputs, store, "lane")
+        def finish(total: Any) -> Any:
+            return store_sums(
+                size,
+                part.outputs,
+                lambda *sum_: self.body.value(total(*sum_), place(*sum_)),
+                lambda r, v, lane, value: loops.store(self.y, value, *place(r, v, lane)),
+            )
 
+        size = RegisterTile(rows, part.vectors, lanes, shape.depth)
         return register_tile(
-            RegisterTile(rows, part.vectors, lanes, shape.depth),
+            size,
             left,
             lambda k, v: loops.load(self.panel, k, part.offset + v * lanes, lanes=lanes),
             finish,

@@ -23,6 +23,7 @@ __all__ = [
     "covering_cycles",
     "register_tile",
     "step_cycles",
+    "store_sums",
     "vector_starts",
     "vector_width",
 ]
@@ -45,12 +46,12 @@ def register_tile(
     tile: RegisterTile,
     left: Callable[[Any, Any], Any],
     right: Callable[[Any, Any], Any],
-    finish: Callable[[Any, Any, Callable[[Any], Any]], Any],
+    finish: Callable[[Callable[[Any, Any, Any], Any]], Any],
 ) -> Any:
     """Write the loops of one tile.
 
-    `left(r, k)` gives a number, `right(k, v)` a vector, `finish(r, v, lane)` the statement that stores a sum, of
-    which `lane(i)` is one lane.
+    `left(r, k)` gives a number, `right(k, v)` a vector, `finish(total)` the statements that store the sums, of which
+    `total(r, v, lane)` is one number.
     """
     from tvm import tirx
 
@@ -83,8 +84,29 @@ def register_tile(
         loops.alloc(sums),
         each(clear),
         loops.loop(tile.steps // step, turn, "k"),
-        each(lambda r, v: finish(r, v, lambda lane: loops.load(sums, r, v, lane))),
+        finish(lambda r, v, lane: loops.load(sums, r, v, lane)),
     )
+
+
+def store_sums(
+    tile: RegisterTile,
+    numbers: int,
+    value: Callable[[Any, Any, Any], Any],
+    store: Callable[[Any, Any, Any, Any], Any],
+) -> Any:
+    """Write `store(r, v, lane, value(r, v, lane))` for the first `numbers` lanes of every sum of a tile."""
+    from cnnc.backends.cpu import epilogue, loops
+
+    places = list(product(range(tile.rows), range(tile.vectors)))
+    if numbers == tile.lanes:
+        return epilogue.finish(
+            places, numbers, lambda at, i: value(at[0], at[1], i), lambda at, i, x: store(at[0], at[1], i, x)
+        )
+
+    def one(r: int, v: int) -> Any:
+        return loops.loop(numbers, lambda i: store(r, v, i, value(r, v, i)), "lane")
+
+    return loops.sequence(*(one(*place) for place in places))
 
 
 def best_tile(machine: Machine, rows: int, vectors: int) -> tuple[int, int]:
