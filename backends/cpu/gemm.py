@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, params_of, schedule_of
 from cnnc.backends.cpu.machine import Machine
+from cnnc.backends.cpu.row_index import position
 from cnnc.backends.cpu.segments import even_split
 from cnnc.errors import VerifyError
 from cnnc.ir.graph import Node
@@ -91,18 +92,11 @@ def build(shape: DenseShape, params: DenseParams, body: Body) -> Any:
     from tvm import tirx
 
     from cnnc.backends.cpu import loops
+    from cnnc.backends.cpu.reduce_lanes import lane_sum
 
     bound = body.bind((*shape.leading, shape.outputs))
     (x, weight), y = bound.operands[:2], bound.output()
     lanes, whole = shape.lanes, shape.inputs // shape.lanes
-
-    def position(row: Any) -> list[Any]:
-        """Give the leading indices of a row."""
-        found = []
-        for axis, extent in enumerate(shape.leading):
-            index = row // math.prod(shape.leading[axis + 1 :])
-            found.append(index % extent if axis else index)
-        return found
 
     def tile(first_row: Any, first_output: Any, rows: int, outputs: int) -> Any:
         sums = loops.buffer("sums", (rows, outputs, lanes), scope="local")
@@ -112,7 +106,7 @@ def build(shape: DenseShape, params: DenseParams, body: Body) -> Any:
             return loops.unrolled(rows, lambda r: loops.unrolled(outputs, lambda o: statement(r, o), "o"), "r")
 
         def product(r: Any, o: Any, at: Any, width: int) -> Any:
-            a = loops.load(x, *position(first_row + r), at, lanes=width)
+            a = loops.load(x, *position(shape.leading, first_row + r), at, lanes=width)
             return a * loops.load(weight, first_output + o, at, lanes=width)
 
         def clear(r: Any, o: Any) -> Any:
@@ -128,8 +122,8 @@ def build(shape: DenseShape, params: DenseParams, body: Body) -> Any:
             return loops.store(tails, loops.load(tails, r, o) + product(r, o, at, 1), r, o)
 
         def finish(r: Any, o: Any) -> Any:
-            total = _lane_sum(loops.load(sums, r, o, 0, lanes=lanes), lanes) + loops.load(tails, r, o)
-            at = [*position(first_row + r), first_output + o]
+            total = lane_sum(loops.load(sums, r, o, 0, lanes=lanes), lanes) + loops.load(tails, r, o)
+            at = [*position(shape.leading, first_row + r), first_output + o]
             return loops.store(y, bound.value(total, at), *at)
 
         def terms(step: Any) -> Any:
@@ -179,17 +173,6 @@ def build(shape: DenseShape, params: DenseParams, body: Body) -> Any:
 
 def _row_loop(loops: Any, tile: Any, start: int, rows: int, count: int, first_output: Any, outputs: int) -> Any:
     return loops.loop(count, lambda r: tile(start + r * rows, first_output, rows, outputs), "row_tile")
-
-
-def _lane_sum(vector: Any, lanes: int) -> Any:
-    """Add up the lanes of a vector, halves first."""
-    from tvm import tirx
-
-    while lanes > 1:
-        lanes //= 2
-        low, high = ([tirx.const(first + i, "int32") for i in range(lanes)] for first in (0, lanes))
-        vector = tirx.Shuffle([vector], low) + tirx.Shuffle([vector], high)
-    return vector
 
 
 @dataclass(frozen=True)
