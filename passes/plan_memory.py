@@ -1,14 +1,15 @@
 """Give every value between kernels its place in one arena, reusing the bytes of values no longer needed.
 
-Inputs, outputs and constants of the graph lie elsewhere.  A view has the place of what it renames.  An elementwise
-kernel may write over an input that dies with it.  What is left is dynamic storage allocation, known to be hard; the
-heuristic is TFLite's "greedy by size" (Pisarchyk and Lee, "Efficient memory management for deep neural net inference",
-2020, section 5.2), tried in several orders, the smallest arena taken.
+Inputs, outputs and constants of the graph lie elsewhere.  A view has the place of what it renames, and the inputs of a
+joint lie one after the other in its output.  An elementwise kernel may write over an input that dies with it.  What is
+left is dynamic storage allocation, known to be hard; the heuristic is TFLite's "greedy by size" (Pisarchyk and Lee,
+"Efficient memory management for deep neural net inference", 2020, section 5.2), tried in several orders, the smallest
+arena taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from cnnc.ir.graph import Graph, Node, Value
 from cnnc.ir.op import Kind
 from cnnc.ops.fused import Fused
-from cnnc.passes.views import is_view
+from cnnc.passes.views import is_joint, is_view
 from cnnc.target import Target
 
 ALIGNMENT = 64
@@ -36,12 +37,15 @@ class MemoryPlan:
 
 @dataclass(eq=False)
 class Storage:
-    """A piece of memory, of `nbytes`, that holds values from kernel number `first` to kernel number `last`."""
+    """A piece of memory, of `nbytes`, that holds values from kernel number `first` to kernel number `last`.
+
+    `values` come with where they start in it.
+    """
 
     nbytes: int
     first: int
     last: int
-    values: list[Value] = field(default_factory=list)
+    values: list[tuple[Value, int]] = field(default_factory=list)
 
 
 def plan_memory(graph: Graph, target: Target, in_place: InPlace | None = None) -> MemoryPlan:
@@ -52,7 +56,7 @@ def plan_memory(graph: Graph, target: Target, in_place: InPlace | None = None) -
     storages = find_storages(graph, in_place or elementwise_in_place)
     plans = [_place(storages, order) for order in _orders(storages)]
     offsets, size = min(plans, key=lambda plan: plan[1])
-    return MemoryPlan({v: o for s, o in zip(storages, offsets, strict=True) for v in s.values}, size)
+    return MemoryPlan({v: o + at for s, o in zip(storages, offsets, strict=True) for v, at in s.values}, size)
 
 
 def live_bytes(graph: Graph, in_place: InPlace | None = None) -> int:
@@ -93,42 +97,74 @@ def find_storages(graph: Graph, in_place: InPlace) -> list[Storage]:
     """Find which values share storage, and from when to when each storage is needed."""
     elsewhere = {*graph.inputs, *graph.outputs}
     last_use = _last_uses(graph)
+    joined = _joined(graph)
     storages: list[Storage] = []
-    of: dict[Value, Storage] = {}
+    of: dict[Value, tuple[Storage, int]] = {}
 
-    def hold(storage: Storage, value: Value) -> None:
-        storage.values.append(value)
+    def hold(storage: Storage, value: Value, start: int) -> None:
+        storage.values.append((value, start))
         storage.last = max(storage.last, last_use[value])
-        of[value] = storage
+        of[value] = (storage, start)
+
+    def open_storage(value: Value, moment: int) -> Storage:
+        storages.append(Storage(-(-value.type.nbytes // ALIGNMENT) * ALIGNMENT, moment, moment))
+        return storages[-1]
 
     for moment, node in enumerate(graph.nodes):
         if is_view(node) and node.inputs[0] in of:
-            hold(of[node.inputs[0]], node.values[0])
+            hold(of[node.inputs[0]][0], node.values[0], of[node.inputs[0]][1])
         elif isinstance(node.op, Fused):
-            dying = [of[node.inputs[p]] for p in in_place(node) if _dies(node, p, moment, of)]
+            dying = [of[node.inputs[p]][0] for p in in_place(node) if _dies(node, p, moment, of, joined)]
             for value in node.values:
-                if value in elsewhere:
-                    continue
-                nbytes = -(-value.type.nbytes // ALIGNMENT) * ALIGNMENT
-                if not (dying and value.index == 0):
-                    storages.append(Storage(nbytes, moment, moment))
-                hold(dying[0] if dying and value.index == 0 else storages[-1], value)
+                if value in joined:
+                    whole, start = joined[value]
+                    if whole not in of:
+                        hold(open_storage(whole, moment), whole, 0)
+                    hold(of[whole][0], value, start)
+                elif value not in elsewhere:
+                    over = bool(dying) and value.index == 0
+                    hold(dying[0] if over else open_storage(value, moment), value, 0)
+        elif is_joint(node) and node.values[0] not in of:
+            whole, start = joined[node.values[0]]
+            hold(of[whole][0], node.values[0], start)
     return storages
 
 
-def _dies(node: Node, position: int, moment: int, of: dict[Value, Storage]) -> bool:
-    """Whether the storage of an input is read for the last time now, and under this name only."""
-    storage = of.get(node.inputs[position])
-    return storage is not None and storage.last == moment and [of.get(v) for v in node.inputs].count(storage) == 1
+def _joined(graph: Graph) -> dict[Value, tuple[Value, int]]:
+    """Give, for the inputs and outputs of joints, the outermost whole they are in, and their first byte there."""
+    joined: dict[Value, tuple[Value, int]] = {}
+    for node in reversed(graph.nodes):
+        if is_joint(node):
+            whole, start = joined.setdefault(node.values[0], (node.values[0], 0))
+            for part in node.inputs:
+                joined[part] = (whole, start)
+                start += part.type.nbytes
+    return joined
+
+
+def _dies(
+    node: Node,
+    position: int,
+    moment: int,
+    of: Mapping[Value, tuple[Storage, int]],
+    joined: Mapping[Value, tuple[Value, int]],
+) -> bool:
+    """Whether the storage of an input holds nothing else, and is read for the last time now, under this name only."""
+    value = node.inputs[position]
+    if value not in of or value in joined:
+        return False
+    storage = of[value][0]
+    return storage.last == moment and [of[v][0] for v in node.inputs if v in of].count(storage) == 1
 
 
 def _last_uses(graph: Graph) -> dict[Value, int]:
-    """Give, for each value, the last moment it is needed, uses through views included."""
+    """Give, for each value, the last moment it is needed, uses through views and joints included."""
     moment = {node: position for position, node in enumerate(graph.nodes)}
     last: dict[Value, int] = {}
     for node in reversed(graph.nodes):
         for value in node.values:
-            uses = [last[user.values[0]] if is_view(user) else moment[user] for user in graph.users[value]]
+            users = graph.users[value]
+            uses = [last[user.values[0]] if is_view(user) or is_joint(user) else moment[user] for user in users]
             last[value] = max(uses, default=moment[node])
     return last
 

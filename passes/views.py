@@ -1,4 +1,4 @@
-"""Views: nodes that only rename memory, and so need no kernel."""
+"""Views and joints: nodes outside of kernels, which only rename memory, and so need none."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def is_view(node: Node) -> bool:
     if node.op.name == "reshape":
         return node.inputs[0].type.layout is None and node.types[0].layout is None
     return node.op.name == "layout_transform" and renames_memory(node.inputs[0].type, node.types[0])
+
+
+def is_joint(node: Node) -> bool:
+    """Whether the inputs lie one after the other in the output, as `place_concats` found they may."""
+    return node.op.name == "concat"
 
 
 def renames_memory(old: TensorType, new: TensorType) -> bool:

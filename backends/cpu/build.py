@@ -23,7 +23,7 @@ from cnnc.ir.types import TensorType
 from cnnc.ops.fused import Fused
 from cnnc.ops.source import Constant
 from cnnc.passes.plan_memory import MemoryPlan, is_elementwise
-from cnnc.passes.views import is_view
+from cnnc.passes.views import is_joint, is_view
 from cnnc.target import Target
 
 SOURCES = ("input", "constant")
@@ -166,7 +166,7 @@ def _slots(graph: Graph, plan: MemoryPlan, weights: WeightBlock) -> dict[Value, 
             slots[node.values[0]] = Slot("weights", weights.place(node.op))
         elif is_view(node):
             slots[node.values[0]] = slots[node.inputs[0]]
-        elif isinstance(node.op, Fused):
+        elif isinstance(node.op, Fused) or is_joint(node):
             for value in node.values:
                 if value not in slots:
                     slots[value] = Slot("arena", plan.offsets[value])

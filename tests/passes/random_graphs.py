@@ -57,14 +57,17 @@ def networks(draw: st.DrawFn, largest: int = 12) -> Graph:
     shape = (draw(st.integers(1, 2)), draw(st.sampled_from((1, 3, 8, 12, 16))), size, draw(st.integers(1, 7)))
     values = [graph_input("x", shape)]
     inputs = tuple(values)
+    ends = []
     for _ in range(draw(st.integers(1, largest))):
         step = draw(st.sampled_from(STEPS))
         try:
-            values.append(step(draw, rng, values))
+            value = step(draw, rng, values)
         except ShapeError:
             continue
+        # What has no second axis left is of no use to most steps.
+        (values if value.type.rank > 1 else ends).append(value)
     count = draw(st.integers(1, 3))
-    outputs = tuple(draw(st.sampled_from(values)) for _ in range(count))
+    outputs = tuple(draw(st.sampled_from([*values, *ends])) for _ in range(count))
     return Graph("random", inputs, (*outputs, values[-1]))
 
 
