@@ -28,11 +28,13 @@ from cnnc.passes.fold_constants import FoldConstants
 from cnnc.passes.fold_pad import FoldPad
 from cnnc.passes.fuse import Fuse
 from cnnc.passes.fuse_attention import FuseAttention
+from cnnc.passes.local_unpool import LocalUnpool
 from cnnc.passes.pack_weights import PackWeights
 from cnnc.passes.place_concats import PlaceConcats
 from cnnc.passes.push_slices import PushSlices
 from cnnc.passes.registry import Pass, parse_passes
 from cnnc.passes.simplify import Simplify
+from cnnc.passes.subpixel import Subpixel
 from cnnc.passes.tile import KernelTemplate, Memory, NoMemory, Records, Tile, no_records
 from cnnc.target import Target
 
@@ -67,7 +69,7 @@ def pipeline(
     if level == 0:
         return (FoldConstants(), Fuse(grow=False), tile)
     chosen: list[Pass] = [Simplify(), FoldConstants(), FoldBatchNorm(), FoldPad(), FuseAttention()]
-    chosen += [Simplify(), PushSlices(), FoldConstants(), Cse()]
+    chosen += [Simplify(), Subpixel(), LocalUnpool(), PushSlices(), FoldConstants(), Cse()]
     if level >= 3:
         chosen += [_bounded(ChooseAlgorithm(), exact, small), FoldConstants()]
     if level >= 2:

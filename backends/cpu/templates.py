@@ -16,6 +16,7 @@ from cnnc.backends.cpu.norm import NormTemplate
 from cnnc.backends.cpu.pool import GlobalPool, Pool
 from cnnc.backends.cpu.softmax import SoftmaxTemplate
 from cnnc.backends.cpu.template import Template
+from cnnc.backends.cpu.unpool import Unpool
 from cnnc.backends.cpu.winograd import Winograd
 from cnnc.errors import VerifyError
 
@@ -31,6 +32,7 @@ TEMPLATES: tuple[Template, ...] = (
     AttentionTemplate(),
     NormTemplate(),
     SoftmaxTemplate(),
+    Unpool(),
     Generic(),
 )
 

@@ -99,6 +99,7 @@ from cnnc.ops.unary import (
     Tanh,
     ThresholdedRelu,
 )
+from cnnc.ops.unpool import ArgMaxPool, MaxUnpool, TapUnpool
 from cnnc.ops.winograd import WinogradWeight
 
 __all__ = [
@@ -108,6 +109,7 @@ __all__ = [
     "Add",
     "And",
     "ArgMax",
+    "ArgMaxPool",
     "ArgMin",
     "Asin",
     "Asinh",
@@ -168,6 +170,7 @@ __all__ = [
     "Lrn",
     "MatMul",
     "MaxPool",
+    "MaxUnpool",
     "Maximum",
     "MinPool",
     "Minimum",
@@ -218,6 +221,7 @@ __all__ = [
     "Sub",
     "Tan",
     "Tanh",
+    "TapUnpool",
     "ThresholdedRelu",
     "Tile",
     "Transpose",

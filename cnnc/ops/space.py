@@ -11,9 +11,10 @@ import numpy as np
 from cnnc.errors import ShapeError
 from cnnc.ir.build import call
 from cnnc.ir.graph import Value
+from cnnc.ir.layout import Layout
 from cnnc.ir.op import Example, ForeignNode, Kind, Op, onnx
 from cnnc.ir.types import Dim, DType, TensorType
-from cnnc.ops.blocked import fixed, tensor
+from cnnc.ops.blocked import channel_block, channel_layout, fixed, tensor
 
 MODES = ("DCR", "CRD")
 """How block row, block column and depth follow each other in the channels: depth last, or depth first."""
@@ -57,6 +58,14 @@ class DepthToSpace(_Space):
             raise ShapeError(f"{self.name}: block^2 = {self.block**2} must divide the {channels} channels of x : {x}")
         return x.with_shape((x.shape[0], channels // self.block**2, x.shape[2] * self.block, x.shape[3] * self.block))
 
+    def infer_layout(self, x: TensorType) -> tuple[Layout | None, ...]:
+        """Keep channel blocks where whole ones move to a pixel: depth last, in a multiple of the block."""
+        lanes = channel_block(self.name, "x", x)
+        depth = fixed(self.name, x.shape[1:2])[0] // self.block**2
+        if lanes > 1 and (self.mode != "DCR" or depth % lanes):
+            raise ShapeError(f"{self.name}: channels of one pixel do not fill blocks of x : {x}")
+        return (channel_layout(x.rank, lanes),)
+
     def reference(self, x: np.ndarray) -> np.ndarray:
         """Reshape, transpose, reshape."""
         n, c, h, w = x.shape
@@ -69,7 +78,7 @@ class DepthToSpace(_Space):
 
     def compute(self, te: Any, xs: Sequence[Any], types: Sequence[TensorType]) -> Sequence[Any]:
         """Read each element from its channel."""
-        out = self.infer(types[0])
+        out = self.infer(types[0]).with_layout(types[0].layout)
         b, depth = self.block, out.static_shape[1]
 
         def element(n: Any, c: Any, h: Any, w: Any) -> Any:
@@ -88,6 +97,8 @@ class DepthToSpace(_Space):
             yield Example(cls(1, mode), (TensorType((1, 3, 2, 2), DType.F16),))
             yield Example(cls(2, mode), (TensorType((Dim.symbol("n", 2), 4, 2, 2)),))
             yield Example(cls(2, mode), (TensorType((0, 4, 2, 2)),))
+        yield Example(cls(2), (TensorType((2, 32, 3, 2), DType.F32, Layout("NCHW4c")),))
+        yield Example(cls(3), (TensorType((1, 36, 2, 3), DType.F32, Layout("NCHW4c")),))
 
 
 @dataclass(frozen=True)
