@@ -18,6 +18,7 @@ class Bounds:
 
     def __init__(self) -> None:
         self._analyzer = Analyzer()
+        self._guarded: dict[Any, bool] = {}
 
     def bind(self, variable: Any, extent: int) -> None:
         """Note that a variable is in [0, extent)."""
@@ -29,7 +30,11 @@ class Bounds:
         return self._analyzer.simplify(index)
 
     def are_reads_safe(self, expression: Any) -> bool:
-        """Tell whether every tensor read in an expression is within its buffer, whatever guards stand outside."""
+        """Tell whether every tensor read in an expression is within its buffer, whatever guards stand outside.
+
+        What reads a guarded expression is not safe: once it is inlined, an equal guard outside makes the simplifier
+        drop the inner one, and a selection outside is none.
+        """
         safe = True
 
         def visit(call: Any, visitor: Any) -> None:
@@ -44,7 +49,9 @@ class Bounds:
                     visitor.visit(other)
                 return
             if call.op.name == "te.tensor_load":
-                safe = safe and self._is_inside(call.args[0], list(call.args[1:]))
+                safe = (
+                    safe and self._is_inside(call.args[0], list(call.args[1:])) and not self._has_guards(call.args[0])
+                )
             visitor.default_visit(call)
 
         structural.structural_visit(expression, [(ir.Call, visit)])
@@ -61,3 +68,25 @@ class Bounds:
             if bound.min_value < 0 or bound.max_value >= extent:
                 return False
         return True
+
+    def _has_guards(self, tensor: Any) -> bool:
+        """Tell whether a tensor is computed, by itself or by what it reads, with guards around reads."""
+        if not isinstance(tensor.op, te.ComputeOp):
+            return False
+        if tensor not in self._guarded:
+            self._guarded[tensor] = any(map(self._guards_in, tensor.op.body))
+        return self._guarded[tensor]
+
+    def _guards_in(self, expression: Any) -> bool:
+        found = False
+
+        def visit(call: Any, visitor: Any) -> None:
+            nonlocal found
+            if call.op.name == "prim.if_then_else":
+                found = True
+            elif call.op.name == "te.tensor_load":
+                found = found or self._has_guards(call.args[0])
+            visitor.default_visit(call)
+
+        structural.structural_visit(expression, [(ir.Call, visit)])
+        return found
