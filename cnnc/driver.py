@@ -43,7 +43,7 @@ class Options:
     `shapes` and `batch` fix sizes an ONNX model leaves open; `level` is the optimisation level 0..3; `passes`
     replaces the pipeline of that level; `dump_ir` is a folder for the IR after each pass that changed it;
     `exact` keeps convolutions to the very products of the definition, which forbids Winograd's algorithm; `small`
-    keeps the binary within 1.1 times the model, which leaves room for few of that algorithm's larger weights;
+    gives that algorithm's larger weights no more than a tenth of the model's bytes;
     `records` are the tuned schedules to use: the user's own (True), none (False), or those of a file; shipped ones
     come after them; `cache` off compiles every kernel anew; `name` is what the C functions begin with, by default
     the name of the ONNX file or of the network.

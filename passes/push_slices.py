@@ -122,7 +122,9 @@ def _broadcast(source: Value, x: Value, cut: Slice) -> Slice:
 def _pushed(x: Value, cut: Slice) -> Value:
     """Give x cut, its operator after the slices of its inputs."""
     match x.node:
-        case Node(Dense() | LayerNorm() | Softmax() as op, (source, *others)):
+        case Node(Softmax() as op, (source,)):
+            return call(op, _cut(source, cut))
+        case Node(Dense() | LayerNorm() as op, (source, *others)):
             features = source.shape[-1:]
             return call(op, _cut(source, replace(cut, sizes=cut.sizes[:-1] + features)), *others)
         case Node(Attention() as op, (q, k, v, *mask)):

@@ -50,7 +50,7 @@ def model_options(function: F) -> F:
             type=click.Choice([*map(str, LEVELS), "s"]),
             default="3",
             show_default=True,
-            help="Optimisation level; s keeps the binary within 1.1 times the model.",
+            help="Optimisation level; s is 3 with a binary hardly larger than the model.",
         ),
         click.option("--passes", help='Run these passes instead, e.g. "fold_batch_norm,cse,fuse".'),
         click.option("--exact", is_flag=True, help="Add up the very products of each convolution: no Winograd."),

@@ -35,6 +35,7 @@ TILES = (2, 4)
 """The outputs, along each axis, that are computed together; along an axis of one tap it is always one."""
 
 LONGEST_KERNEL = 7
+"""Taps along an axis; transformed weights tell by their number which kernel they come from."""
 
 
 def _with_opposites(*points: Fraction) -> tuple[Fraction, ...]:
@@ -95,8 +96,8 @@ class Transform:
 
 def is_supported(tile: int, kernel: int, stride: int) -> bool:
     """Whether there are points for a kernel of that many taps."""
-    if kernel == 1:
-        return True
+    if kernel == 1 or kernel > LONGEST_KERNEL:
+        return kernel == 1
     filters = [taps for taps in _taps_by_phase(kernel, stride) if taps != 1]
     return all(tile + taps - 2 in POINTS for taps in filters) and _taps_by_phase(kernel, stride).count(1) < 2
 

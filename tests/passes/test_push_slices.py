@@ -115,3 +115,10 @@ def test_rows_of_matrices(rng, transposed):
     y = call(MatMul(transpose_a=transposed), a, graph_input("b", (4, 3)))
     done = check(PushSlices(), graph_of(cut(y, None, (1, 3, 2), None)), rng)
     assert computed(done)["mat_mul"] == [(2, 3, 3)]
+
+
+@pytest.mark.parametrize("span", [(1, 2, 1), (0, 2, 1), (5, 1, 1)])
+def test_a_softmax_along_another_axis_is_cut_along_the_last(rng, span):
+    y = call(Softmax(1), call(Dense(), graph_input("x", (2, 5, 6)), weights(rng, 6, 6)))
+    done = check(PushSlices(), graph_of(cut(y, None, None, span)), rng)
+    assert computed(done)["softmax"] == [(2, 5, span[1])]
