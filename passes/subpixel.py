@@ -6,7 +6,10 @@ An output pixel p = q * s + r - pad gets its taps k = r + s * t from x[q - t]: f
 convolution of its own, all of them over the same windows where s divides the kernel, so that their filters stand side
 by side in one weight (Shi et al., "Is the deconvolution layer the same as a convolutional layer?", 2016).  The very
 products of the definition are added up, none by an added zero, at the rate of a convolution.  With a stride of 1 it is
-the convolution with the filters turned around.
+the convolution with the filters turned around.  Where s does not divide the kernel, phases have more taps or fewer, and
+each is a convolution of its own:
+
+    conv_transpose(x, w, b, stride=s) -> slice(depth_to_space{s}(concat(conv(x, w0, b), conv(x, w1, b), ...)))
 
 Only with two axes, constant weights, one group, no dilation; other transposed convolutions stay as they are.
 """
@@ -21,6 +24,7 @@ from cnnc.ir.build import call
 from cnnc.ir.graph import Graph, Node, Value
 from cnnc.ir.rewrite import miss, rewrite
 from cnnc.ops.blocked import fixed
+from cnnc.ops.concat import Concat
 from cnnc.ops.conv import Conv
 from cnnc.ops.conv_transpose import ConvTranspose
 from cnnc.ops.slice import Slice
@@ -47,7 +51,9 @@ def conv_of_conv_transpose(v: Value) -> Value | None:
             if reason:
                 miss(reason)
                 return None
-            return _subpixel(v, op, x, weight.value.array, bias)
+            w: np.ndarray = weight.value.array
+            even = not np.any(np.mod(w.shape[2:], op.stride))
+            return _subpixel(v, op, x, w, bias) if even else _phase_by_phase(v, op, x, w, bias)
     return None
 
 
@@ -57,8 +63,8 @@ def _obstacle(op: ConvTranspose, kernel: tuple[int, ...], x: Value, bias: list[V
         return "it does not have two axes of fixed size"
     if op.groups != 1 or op.dilation != (1, 1):
         return "it has groups or a dilation"
-    if op.stride[0] != op.stride[1] or any(k % op.stride[0] for k in kernel):
-        return "its strides differ, or do not divide the kernel"
+    if op.stride[0] != op.stride[1] or any(k < op.stride[0] for k in kernel):
+        return "its strides differ, or exceed the kernel"
     if x.type.layout is not None or not all(isinstance(b.op, Constant) for b in bias):
         return "the layout is chosen already, or the bias is no constant"
     # Cropping as much as a window would need a negative padding.
@@ -89,6 +95,29 @@ def _subpixel(v: Value, op: ConvTranspose, x: Value, w: np.ndarray, bias: list[V
     if y.shape == v.shape:
         return y
     return call(Slice((0, 0, *starts), v.shape, (1, 1, 1, 1)), y)
+
+
+def _phase_by_phase(v: Value, op: ConvTranspose, x: Value, w: np.ndarray, bias: list[Value]) -> Value | None:
+    """Make a convolution of each phase: pixels p = q * s + r get the taps k = (r + pad) % s + s * t."""
+    stride = op.stride[0]
+    sizes, wanted = fixed(op.name, x.shape[2:]), fixed(op.name, v.shape[2:])
+    phases = []
+    for phase in np.ndindex(stride, stride):
+        begins, ends, firsts = [], [], []
+        for r, size, out, pad, kernel in zip(phase, sizes, wanted, op.pad[:2], w.shape[2:], strict=True):
+            ahead, first = divmod(r + pad, stride)
+            taps = -(-(kernel - first) // stride)
+            begins.append(taps - 1 - ahead)
+            ends.append(-(-out // stride) - size + ahead)
+            firsts.append(first)
+        if min(*begins, *ends) < 0:
+            miss("a phase leaves out the border of the input")
+            return None
+        part = w[:, :, firsts[0] :: stride, firsts[1] :: stride][:, :, ::-1, ::-1].swapaxes(0, 1)
+        conv = Conv((1, 1), (*begins, *ends), (1, 1))
+        phases.append(call(conv, x, constant(np.ascontiguousarray(part)), *bias))
+    y = call(DepthToSpace(stride), call(Concat(1), *phases))
+    return y if y.shape == v.shape else call(Slice((0, 0, 0, 0), v.shape, (1, 1, 1, 1)), y)
 
 
 def _phases(w: np.ndarray, stride: int) -> np.ndarray:

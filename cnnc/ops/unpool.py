@@ -19,6 +19,7 @@ from cnnc.ir.types import DType, Size, TensorType
 from cnnc.ops.blocked import channel_block, channel_layout, every, fixed, flat_index, tensor
 from cnnc.ops.gather import wrap_indices
 from cnnc.ops.numeric import check_floats
+from cnnc.ops.pool import MaxPool
 from cnnc.ops.window import spatial_attr
 
 
@@ -304,7 +305,11 @@ def _check_windows(name: str, kernel: tuple[int, ...], stride: tuple[int, ...], 
 
 @onnx("MaxUnpool")
 def _max_unpool(node: ForeignNode, x: Value, indices: Value, output_shape: Value | None = None) -> Value:
-    """Read it; with `output_shape`, indices count through an output of that shape, as in ONNX Runtime and PyTorch."""
+    """Read it.
+
+    Where `output_shape` is not what strides and pads give, the standard's reference and ONNX Runtime let indices count
+    through different shapes; then it must be the shape of what was pooled, through which they count in any case.
+    """
     if not 3 <= len(x.shape) <= 5:
         raise node.unsupported(f"unpooling of {x.type}; one to three spatial axes are compiled")
     if not x.type.is_static:
@@ -315,7 +320,14 @@ def _max_unpool(node: ForeignNode, x: Value, indices: Value, output_shape: Value
         raise node.invalid(f"kernel_shape {kernel} is not for {rank} spatial axes")
     stride, pad = spatial_attr(node, "strides", rank, 1), spatial_attr(node, "pads", 2 * rank, 0)
     shape = node.const(output_shape)
-    size = _natural_size(node, x, kernel, stride, pad) if shape is None else _given_size(node, x, shape)
+    natural = _natural_size(node, x, kernel, stride, pad)
+    size = natural if shape is None else _given_size(node, x, shape)
+    pooled = indices.inputs[0].shape[2:] if isinstance(indices.op, MaxPool) else None
+    if size not in (natural, pooled):
+        raise node.unsupported(
+            f"output_shape with {size}, where strides and pads give {natural} and what was pooled"
+            f" had {'an unknown size' if pooled is None else pooled}: what the indices count through is not agreed on"
+        )
     return call(MaxUnpool(size), x, indices)
 
 

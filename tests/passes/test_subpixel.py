@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import cnnc
 from cnnc.ir.build import call
 from cnnc.ir.interp import run
 from cnnc.ir.text import print_graph
-from cnnc.ops import ConvTranspose, graph_input
+from cnnc.ops import ConvTranspose, Relu, graph_input
 from cnnc.ops.source import constant
 from cnnc.passes.subpixel import Subpixel
 from tests.passes.graphs import check, graph_of, image, operators, weights
@@ -55,8 +56,33 @@ def test_output_padding_inside_the_windows(rng):
     assert operators(done) == ["conv", "depth_to_space", "slice"]
 
 
-def test_infinities_reach_the_same_pixels(rng):
-    graph = graph_of(transposed(rng, (4, 4), (2, 2), (1, 1, 1, 1)))
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 4), (4, 3), (5, 3)])
+@pytest.mark.parametrize(
+    ("pad", "output_pad"),
+    [((0, 0, 0, 0), (0, 0)), ((1, 1, 1, 1), (1, 1)), ((1, 1, 1, 1), (0, 0)), ((1, 0, 0, 1), (0, 1))],
+)
+def test_each_phase_by_itself(rng, kernel, pad, output_pad):
+    done = check(Subpixel(), graph_of(transposed(rng, kernel, (2, 2), pad, output_pad, bias=True)), rng)
+    assert operators(done)[:6] == ["conv"] * 4 + ["concat", "depth_to_space"]
+    assert sum(np.prod(n.inputs[1].shape[2:]) for n in done.nodes if n.op.name == "conv") == np.prod(kernel)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "pad", "output_pad"),
+    [((3, 3), 2, 1, 1), ((3, 3), 2, 0, 0), ((4, 4), 2, 1, 0), ((2, 2), 2, 0, 0), ((5, 5), 3, 1, 2)],
+)
+def test_compiled_as_the_definition_says(rng, kernel, stride, pad, output_pad):
+    y = transposed(rng, kernel, (stride,) * 2, (pad,) * 4, (output_pad,) * 2, bias=True, x=(2, 16, 6, 9))
+    graph = graph_of(call(Relu(), y))
+    x = (rng.random((2, 16, 6, 9)) * 2 - 1).astype(np.float32)
+    (got,) = cnnc.compile(graph).run({"x": x}).values()
+    (wanted,) = run(graph, [x], precise=True)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (4, 4)])
+def test_infinities_reach_the_same_pixels(rng, kernel):
+    graph = graph_of(transposed(rng, kernel, (2, 2), (1, 1, 1, 1)))
     x = np.zeros((2, 3, 5, 4), np.float32)
     x[0, 1, 2, 3] = np.inf
     with np.errstate(invalid="ignore"):
@@ -67,7 +93,9 @@ def test_infinities_reach_the_same_pixels(rng):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"kernel": (3, 3), "stride": (2, 2)},
+        {"kernel": (1, 1), "stride": (2, 2)},
+        {"kernel": (3, 3), "stride": (2, 2), "pad": (2, 2, 0, 0)},
+        {"kernel": (3, 2), "stride": (2, 2), "pad": (1, 1, 1, 1)},
         {"kernel": (2, 2), "stride": (2, 1)},
         {"kernel": (2, 2), "stride": (2, 2), "dilation": (2, 2)},
         {"kernel": (2, 2), "stride": (2, 2), "pad": (2, 0, 0, 0)},
