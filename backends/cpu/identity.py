@@ -11,7 +11,7 @@ from cnnc.backends.cache import ScheduleCache
 from cnnc.ir.graph import Graph, Node, Value
 from cnnc.ir.text import print_graph
 from cnnc.ops.fused import Fused, Schedule
-from cnnc.ops.source import Constant
+from cnnc.ops.source import Constant, Input
 from cnnc.target import Target
 
 
@@ -31,8 +31,7 @@ def anonymous(body: Graph) -> Graph:
     """Give the body without names and source locations, which change nothing in the code."""
     new: dict[Value, Value] = {}
     for position, value in enumerate(body.inputs):
-        op = replace(value.op, label=f"x{position}")  # type: ignore[call-arg]
-        new[value] = Value(Node(op, (), value.node.types))
+        new[value] = Value(Node(Input(f"x{position}", value.type), (), value.node.types))
     for node in body.nodes:
         if node.op.name == "input":
             continue
@@ -48,18 +47,22 @@ def source_digest() -> str:
     """Digest the source files kernels come from, so that a changed compiler never reuses old code."""
     from importlib.metadata import version
 
-    root = Path(__file__).resolve().parents[1]
     state = hashlib.sha256(f"{version('apache-tvm')} {version('llvmlite')}".encode())
-    for folder in (root, _operators_folder()):
-        for path in sorted(folder.rglob("*.py")):
-            state.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    for path in _sources():
+        state.update(f"{path.name}\0".encode() + path.read_bytes())
     return state.hexdigest()
 
 
-def _operators_folder() -> Path:
+def _sources() -> list[Path]:
+    """List what decides on machine code: the back end, the operators, the IR with its layouts, and the targets."""
+    import cnnc.ir
     import cnnc.ops
+    import cnnc.target
 
-    return Path(str(cnnc.ops.__file__)).resolve().parent
+    folders = [Path(__file__).resolve().parents[1]]
+    folders += [Path(str(package.__file__)).resolve().parent for package in (cnnc.ops, cnnc.ir)]
+    targets = Path(str(cnnc.target.__file__)).resolve()
+    return [*(path for folder in folders for path in sorted(folder.rglob("*.py"))), targets]
 
 
 class ScheduleMemory:

@@ -21,3 +21,10 @@ def test_a_search_is_remembered_for_its_number_of_threads(tmp_path: Path):
     assert memory.recall(kernel, target.with_threads(2)) is None
     memory.remember(kernel, target.with_threads(2), Schedule("two"))
     assert memory.recall(kernel, target) == Schedule("one")
+
+
+def test_the_digest_covers_whatever_decides_on_machine_code() -> None:
+    from cnnc.backends.cpu.identity import _sources
+
+    ends = {"/".join(path.parts[-2:]) for path in _sources()}
+    assert {"cpu/conv_loops.py", "host/driver.py", "ops/conv.py", "ir/layout.py", "cnnc/target.py"} <= ends
