@@ -358,8 +358,9 @@ def _clip(node: ForeignNode, x: Value, low: Value | None = None, high: Value | N
     for bound in (low, high):
         if bound is not None and bound.type.elements != 1:
             raise node.invalid(f"a bound of Clip is one number, not {bound.type}")
-    if all(bound is None or isinstance(bound.op, Constant) for bound in (low, high)):
-        numbers = [None if b is None else b.op.value.array.item() for b in (low, high)]  # type: ignore[attr-defined]
+    constants = [None if bound is None else bound.op for bound in (low, high)]
+    numbers = [op.value.array.item() if isinstance(op, Constant) else None for op in constants]
+    if [op is None for op in constants] == [number is None for number in numbers]:
         return call(Clip(*numbers), x)
     y = x if low is None else call(Maximum(), x, low)
     return y if high is None else call(Minimum(), y, high)
