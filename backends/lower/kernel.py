@@ -115,7 +115,8 @@ class _Scalar(Tensor):
 def _scalar_constant(te: Vocabulary, node: Node) -> Tensor:
     type_ = node.types[0]
     if not isinstance(node.op, Constant) or type_.elements != 1 or type_.layout is not None:
-        raise VerifyError(f"a kernel's body holds the {node.op.name} {type_}; only plain single numbers may stay inside")
+        held = f"a kernel's body holds the {node.op.name} {type_}"
+        raise VerifyError(f"{held}; only plain single numbers may stay inside")
     number = te.const(node.op.value.array.reshape(-1)[0], type_.dtype)
     return _Scalar(te.compute(type_.physical_shape, lambda *_: number, "constant").raw, number)
 
