@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cnnc.backends.cpu.machine import Machine
+from cnnc.backends.cpu.machine import AVX2, AVX512, Machine
 from cnnc.errors import VerifyError
 from cnnc.ir.graph import Node
 from cnnc.ir.op import Kind
@@ -24,7 +24,8 @@ Params = TypeVar("Params")
 
 def machine_of(target: Target) -> Machine:
     """Give what cost models and register tiles need to know of a target."""
-    return Machine(
+    return replace(
+        AVX512 if target.vector_lanes >= AVX512.lanes else AVX2,
         lanes=target.vector_lanes,
         registers=target.vector_registers,
         l1=target.caches.l1,

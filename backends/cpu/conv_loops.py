@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import product
+from itertools import accumulate, product
 from typing import Any
 
 from tvm import tirx
@@ -31,6 +31,7 @@ class ConvLoops:
         self.logical = shape
         self.shape = shape = reshaped(shape, params)
         self.segments = segments_of(shape, params.pixels)
+        self.row_tiles = sum(segment.count for segment in self.segments)
 
     def function(self) -> Any:
         """Make the PrimFunc."""
@@ -64,20 +65,22 @@ class ConvLoops:
         )
 
     def _row(self, image: Any, oc: Any, row: Any) -> Any:
-        def tiles(segment: Segment) -> Any:
+        def tiles(segment: Segment, before: int) -> Any:
             def tile(index: Any) -> Any:
-                return self._tiles(image, oc, row, segment.start + index * segment.pixels, segment)
+                number = row * self.row_tiles + before + index
+                return self._tiles(image, oc, row, segment.start + index * segment.pixels, segment, number)
 
             return self.t.loop(segment.count, tile, "tile")
 
-        return self.t.sequence(*(tiles(segment) for segment in self.segments))
+        before = accumulate((segment.count for segment in self.segments), initial=0)
+        return self.t.sequence(*(tiles(segment, first) for segment, first in zip(self.segments, before, strict=False)))
 
-    def _tiles(self, image: Any, oc: Any, row: Any, column: Any, segment: Segment) -> Any:
-        """Compute a tile of pixels for all vectors of the group, as many at a time as registers allow."""
+    def _tiles(self, image: Any, oc: Any, row: Any, column: Any, segment: Segment, number: Any) -> Any:
+        """Compute tile `number` of an image for all vectors of the group, as many at a time as registers allow."""
 
         def part(first: int, vectors: int, count: int) -> Any:
             def tile(index: Any) -> Any:
-                return self._tile(image, oc + first + index * vectors, row, column, segment, vectors)
+                return self._tile(image, oc + first + index * vectors, row, column, segment, vectors, number)
 
             return self.t.loop(count, tile, "part")
 
@@ -87,7 +90,7 @@ class ConvLoops:
             first += vectors * count
         return self.t.sequence(*statements)
 
-    def _tile(self, image: Any, oc: Any, row: Any, column: Any, segment: Segment, vectors: int) -> Any:
+    def _tile(self, image: Any, oc: Any, row: Any, column: Any, segment: Segment, vectors: int, number: Any) -> Any:
         t, shape = self.t, self.shape
         block = shape.block
         sums = t.buffer("sums", (vectors, segment.pixels, block), scope="local")
@@ -99,7 +102,12 @@ class ConvLoops:
         group = oc // (shape.oc_blocks // shape.groups)
 
         def reduce(channel: Any) -> Any:
-            return self._kernel_rows(sums, image, oc, row, column, segment, group * shape.ic_blocks + channel, channel)
+            x_channel = group * shape.ic_blocks + channel
+            return t.sequence(
+                self._ask_for_weights(oc, vectors, segment, channel, number),
+                self._ask_for_operands(vectors, segment, channel, at),
+                self._kernel_rows(sums, image, oc, row, column, segment, x_channel, channel),
+            )
 
         def at(place: tuple[int, ...], lane: Any) -> tuple[Any, ...]:
             v, p = place
@@ -122,6 +130,40 @@ class ConvLoops:
         products = t.loop(shape.ic_blocks, reduce, "channel") if segment.runs else None
         places = list(product(range(vectors), range(segment.pixels)))
         return t.sequence(t.alloc(sums), each(start), products, finish(places, block, value, store))
+
+    def _ask_for_weights(self, oc: Any, vectors: int, segment: Segment, channel: Any, number: Any) -> Any:
+        """Ask for the weights of the next group, each tile for a share: hardware does so up to the end of a page only.
+
+        So they come from memory while this group is computed.  With many tiles, or few multiply-adds for a weight, the
+        time of either is not worth the instructions.
+        """
+        t, shape = self.t, self.shape
+        tiles = self.row_tiles * shape.oh
+        if tiles > MOST_SHARES or segment.pixels < FEWEST_PIXELS:
+            return None
+        per_line = LINE // shape.block
+        lines = -(-shape.kh * shape.kw * shape.inner // (tiles * per_line))
+        first = (number * shape.ic_blocks + channel) * lines
+        origin = (0,) * (len(shape.weight_shape) - 3)
+
+        def ask(v: Any, line: Any) -> Any:
+            return t.prefetch(self.weight, oc + self.params.vectors + v, *origin, (first + line) * per_line, 0)
+
+        return t.unrolled(vectors, lambda v: t.unrolled(lines, lambda line: ask(v, line), "line"), "v")
+
+    def _ask_for_operands(self, vectors: int, segment: Segment, channel: Any, at: Any) -> Any:
+        """Ask for what the epilogue reads beside the sums, a residual say: a share in each turn of the channel loop."""
+        t, shape = self.t, self.shape
+        beside = [x for x in self.body.inputs if x not in (self.x, self.weight) and x.shape == self.y.shape]
+        pixels = range(0, segment.pixels, LINE // shape.block)
+        share = -(-vectors * len(pixels) // shape.ic_blocks)
+
+        def ask(operand: Any, turn: int) -> Any:
+            number = channel * share + turn
+            place = (number // len(pixels), number % len(pixels) * pixels.step)
+            return t.prefetch(operand, *at(place, 0))
+
+        return t.sequence(*(ask(operand, turn) for operand in beside for turn in range(share))) if beside else None
 
     def _position(self, row: Any, column: Any) -> tuple[Any, Any]:
         """Give a pixel in the rows of the tensors, which those of the loops may not be."""
@@ -193,6 +235,15 @@ class ConvLoops:
         lanes = self.shape.block
         return self.t.load(self.x, image, channel, *self._position(row, column + k // lanes), k % lanes)
 
+
+LINE = 16
+"""f32 in a cache line."""
+
+MOST_SHARES = 16
+"""Weights that serve more tiles are too few to be asked for early."""
+
+FEWEST_PIXELS = 4
+"""Weights that serve fewer pixels come as fast as memory gives them; asking for others would be in the way."""
 
 UNROLL = 2
 """Input channels for each turn of the innermost loop."""

@@ -76,20 +76,23 @@ def cost(shape: WinogradShape, params: WinogradParams, machine: Machine) -> floa
     weights = 4.0 * shape.vertical.weights * shape.horizontal.weights * channels * blocks * conv.block
     data = 4.0 * positions * channels * params.tiles
     sums = 4.0 * positions * params.tiles * params.group * conv.block
-    slab = 4.0 * channels * conv.block * min(params.group, 3)
-    readings = sum(count for _, count in even_split(params.tiles, params.pixels)) if slab > machine.l1 else 1
-    near = (weights * readings + data * groups) / machine.l2_bytes
+    readings = sum(count for _, count in even_split(params.tiles, params.pixels))
+    near = (weights * readings + (data + SUMS_MOVED * sums) * groups) / machine.l2_bytes
     far = 4.0 * shape.outputs * params.tiles * (channels * math.prod(conv.stride) + blocks * conv.block)
-    if weights + data + sums > 0.8 * machine.l2:
-        far += weights
-    if data + sums > 0.8 * machine.l2:
-        far += data * (1 + groups)
-    far /= machine.memory_bytes
-    one = max(compute, far) + EXPOSED * (near + far) + SLICE_CYCLES
+    far += weights * _beyond(weights + data + sums, machine)
+    spilled = _beyond(data + sums, machine) * (data * (1 + groups) + SUMS_MOVED * sums * groups)
+    reading = far / machine.memory_bytes
+    one = max(compute, reading) + EXPOSED_FAR * min(compute, reading) + EXPOSED_NEAR * near + SLICE_CYCLES
+    one += EXPOSED_SPILL * spilled / machine.memory_bytes
     waves = -(-slices // machine.threads)
     # Among equals, prefer what would still divide among more threads than expected.
     uneven = -(-slices // MANY_THREADS) * MANY_THREADS / slices
     return one * waves * (1.0 + 0.02 * uneven) / machine.hertz
+
+
+def _beyond(size: float, machine: Machine) -> float:
+    """Give the share of a working set that L2 does not keep: some earlier than it is full, as others use it, too."""
+    return min(max((size / machine.l2 - L2_KEEPS) / L2_LOSES, 0.0), 1.0)
 
 
 INPUT_CYCLES = 7.0
@@ -98,11 +101,23 @@ INPUT_CYCLES = 7.0
 OUTPUT_CYCLES = 4.0
 """Cycles to transform a vector of sums back and store it."""
 
-EXPOSED = 0.2
-"""The share of the traffic from L2 and memory that arithmetic does not hide: a weight serves but a chunk of tiles."""
+SUMS_MOVED = 3.0
+"""How often the sums of products pass between L1 and what is behind it: a line is fetched, written and read again."""
+
+L2_KEEPS, L2_LOSES = 0.75, 0.9
+"""The working set, as a share of L2, from which on it spills, and how much more of it spills entirely."""
+
+EXPOSED_NEAR, EXPOSED_FAR, EXPOSED_SPILL = 0.4, 0.1, 0.9
+"""The shares of the traffic that arithmetic does not hide: from L2; from memory, asked for early; and spilled."""
 
 SLICE_CYCLES = 200.0
 """What starting a slice costs."""
+
+TILE_CYCLES, STORE_CYCLES = 40.0, 4.0
+"""What a register tile costs beside its multiply-adds, and each of its sums: they are stored far from each other."""
+
+LOAD_CYCLES = 0.1
+"""What each load that is an instruction of its own adds to a term of the sums."""
 
 MANY_THREADS = 8
 
@@ -113,7 +128,9 @@ def _group_cycles(params: WinogradParams, channels: int, machine: Machine) -> fl
     cycles = 0.0
     for pixels, count in even_split(params.tiles, params.pixels):
         for vectors, parts in machine.vector_parts(pixels, params.group):
-            cycles += count * parts * (12.0 + 2.0 * pixels * vectors + channels * machine.tile_cycles(pixels, vectors))
+            step = machine.tile_cycles(pixels, vectors)
+            step += LOAD_CYCLES * machine.loading_instructions(pixels, vectors)
+            cycles += count * parts * (TILE_CYCLES + STORE_CYCLES * pixels * vectors + channels * step)
     return cycles
 
 

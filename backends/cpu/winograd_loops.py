@@ -168,7 +168,9 @@ class WinogradLoops:
         def one(position: Any) -> Any:
             statements, start = [], 0
             for pixels, count in self._segments():
-                statements.append(self._parts(oc, position, start, pixels, self._needed(tiles, start, pixels, count)))
+                needed = self._needed(tiles, start, pixels, count)
+                # The first register tiles see the weights first; what they ask for is there for the others, too.
+                statements.append(self._parts(oc, position, start, pixels, needed, count if start == 0 else 0))
                 start += pixels * count
             return self.t.sequence(*statements)
 
@@ -183,25 +185,38 @@ class WinogradLoops:
 
         return shared(v, position // h.positions), shared(h, position % h.positions)
 
-    def _parts(self, oc: Any, position: Any, start: int, pixels: int, count: Any) -> Any:
-        """Run over the register tiles: vectors outside, so that their weights stay near while tiles pass."""
+    def _parts(self, oc: Any, position: Any, start: int, pixels: int, count: Any, asking: int) -> Any:
+        """Run over the register tiles: vectors outside, so that their weights stay near while tiles pass.
+
+        `asking` of the tiles ask for the weights that are needed next, each for a share.
+        """
         t = self.t
         statements, first = [], 0
         for vectors, parts in self.machine.vector_parts(pixels, self.params.group):
 
             def part(index: Any, first: int = first, vectors: int = vectors) -> Any:
                 block = first + index * vectors
-                return t.loop(
-                    count,
-                    lambda i: self._register_tile(oc, block, position, start + i * pixels, pixels, vectors),
-                    "tile",
-                )
+
+                def tile(i: Any) -> Any:
+                    asks = (i, asking) if asking else None
+                    return self._register_tile(oc, block, position, start + i * pixels, pixels, vectors, asks)
+
+                return t.loop(count, tile, "tile")
 
             statements.append(t.loop(parts, part, "part"))
             first += vectors * parts
         return t.sequence(*statements)
 
-    def _register_tile(self, oc: Any, first: Any, position: Any, tile: Any, pixels: int, vectors: int) -> Any:
+    def _register_tile(
+        self,
+        oc: Any,
+        first: Any,
+        position: Any,
+        tile: Any,
+        pixels: int,
+        vectors: int,
+        asks: tuple[Any, int] | None,
+    ) -> Any:
         t, shape = self.t, self.shape
         block = shape.conv.block
         weights = self._weight_at(position)
@@ -231,8 +246,19 @@ class WinogradLoops:
         next_block = oc + tirx.Select(last, t.const(0), first + vectors)
 
         def ahead(channel: Any, k: Any) -> Any:
-            """Ask for weights early: hardware does so up to the end of a page only."""
-            return t.unrolled(vectors, lambda v: t.prefetch(self.weight, *at, next_block + v, channel, k, 0), "v")
+            """Ask for weights early, for each line once: hardware does so up to the end of a page only."""
+            if asks is None:
+                return None
+            number, asking = asks
+            shares = min(asking, step)
+            lines = range(0, step, shares)
+            return t.sequence(
+                *(
+                    t.prefetch(self.weight, *at, next_block + v, channel, k + line + number % shares, 0)
+                    for v in range(vectors)
+                    for line in lines
+                )
+            )
 
         def channels(channel: Any) -> Any:
             def terms(k: Any) -> Any:

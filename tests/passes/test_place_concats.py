@@ -142,8 +142,8 @@ def test_compiled_networks_equal_the_interpreter(rng, threads):
     """Two modules in a row, whose concatenations are read by convolutions, a pool and each other."""
     x = image(1, 16, 12, 12)
     y = x
-    for channels in (16, 24):
-        parts = [branch(rng, y, c) for c in (channels, 8, 32)]
+    for channels in (16, 48):
+        parts = [branch(rng, y, c) for c in (channels, 16, 32)]
         whole = call(Concat(1), *parts)
         y = call(Concat(1), branch(rng, whole, 16), call(MaxPool((3, 3), (1, 1), (1,) * 4, (1, 1)), whole))
     graph = graph_of(branch(rng, y, 10))
