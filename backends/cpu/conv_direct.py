@@ -50,17 +50,30 @@ def space(shape: ConvShape, machine: Machine) -> Iterator[DirectParams]:
     if max(groups) < min(blocks, 4):
         groups.append(blocks)
     for width, vectors in product(widths, groups):
-        yield from _spaces_of(reshaped(shape, DirectParams(1, 1, 1, 1, 1, width)), machine, width, vectors)
+        rows = reshaped(shape, DirectParams(1, 1, 1, 1, 1, width))
+        for channels in _passes(shape, vectors, machine):
+            yield from _spaces_of(rows, machine, width, vectors, channels)
 
 
-def _spaces_of(shape: ConvShape, machine: Machine, width: int, vectors: int) -> Iterator[DirectParams]:
+def _passes(shape: ConvShape, vectors: int, machine: Machine) -> list[int]:
+    """Give the blocks of input channels to consider for a pass: all, or as many as leave their weights in L1."""
+    weights = 4 * vectors * shape.block * shape.inner * shape.kh * shape.kw
+    fitting = [d for d in _divisors(shape.ic_blocks) if d * weights <= NEAR_SHARE * machine.l1]
+    return [0] if not fitting or fitting[-1] == shape.ic_blocks else [0, fitting[-1]]
+
+
+NEAR_SHARE = 0.7
+"""The share of L1 that weights may take; the rest is for input."""
+
+
+def _spaces_of(shape: ConvShape, machine: Machine, width: int, vectors: int, channels: int) -> Iterator[DirectParams]:
     groups = shape.oc_blocks // vectors
     per_conv_group = groups // shape.groups
     rows = sorted({-(-shape.oh // parts) for parts in (1, 2, 4, 8, 16, 32) if parts <= shape.oh})
     oc_tiles = [count for count in (1, 2, 4, 8) if per_conv_group % count == 0]
     pixels = {max(p for p in range(1, machine.registers) if machine.fits(p, v)) for v in range(1, min(vectors, 5) + 1)}
     yield from starmap(
-        lambda p, o, r, outer: DirectParams(p, vectors, o, r, outer, width),
+        lambda p, o, r, outer: DirectParams(p, vectors, o, r, outer, width, channels),
         product(sorted(pixels), oc_tiles, rows, (0, 1) if groups > 1 and shape.oh > 1 else (1,)),
     )
 
@@ -79,25 +92,27 @@ def cost(shape: ConvShape, params: DirectParams, machine: Machine) -> float:
     waves = -(-slices // machine.threads) / slices
 
     rows = shape.n * shape.oc_blocks // params.vectors * shape.oh
-    compute = rows * _row_cycles(shape, params.pixels, params.vectors, machine) * waves
+    passes = shape.ic_blocks // (params.channels or shape.ic_blocks)
+    compute = rows * _row_cycles(shape, params.pixels, params.vectors, passes, machine) * waves
     slab = 4.0 * params.vectors * shape.block * channels * shape.kh * shape.kw
     tiles = sum(segment.count for segment in segments_of(shape, params.pixels))
     pixels_read = min(params.pixels * shape.stride[1] + shape.kw - 1, shape.w)
     tile_input = 4.0 * pixels_read * channels * shape.kh
-    streamed = tile_input + (slab if slab + tile_input > 0.8 * machine.l1 else 0.0)
+    streamed = tile_input + (slab if (slab + tile_input) / passes > 0.8 * machine.l1 else 0.0)
     near = rows * tiles * streamed / machine.l2_bytes * waves
     far_bytes = _far_bytes(shape, params, machine, row_blocks, oc_slices)
-    if slab > 0.6 * machine.l2:
+    if slab / passes > 0.6 * machine.l2:
         far_bytes += rows * tiles * slab
     far = far_bytes / machine.memory_bytes / machine.threads
-    total = max(compute, near, far) + HIDDEN * (compute + near + far) + SLICE_CYCLES * slices / machine.threads
+    total = max(compute, near, far) + HIDDEN * (compute + far) + HIDDEN_NEAR * near
+    total += SLICE_CYCLES * slices / machine.threads
     # Among equals, prefer what would still divide among more threads than expected.
     uneven = -(-slices // MANY_THREADS) * MANY_THREADS / slices
     return total * (1.0 + 0.01 * uneven) / machine.hertz
 
 
-HIDDEN = 0.05
-"""The share of what runs beside the slowest of arithmetic, L2 and memory traffic that still adds to the time."""
+HIDDEN, HIDDEN_NEAR = 0.05, 0.15
+"""The shares of arithmetic or memory traffic, and of L2 traffic, that still add to the time of the slowest of them."""
 
 MANY_THREADS = 8
 
@@ -106,15 +121,17 @@ SLICE_CYCLES = 60.0
 
 
 @lru_cache(4096)
-def _row_cycles(shape: ConvShape, pixels: int, group: int, machine: Machine) -> float:
+def _row_cycles(shape: ConvShape, pixels: int, group: int, passes: int, machine: Machine) -> float:
     """Count the cycles of arithmetic for one row of pixels by one group of output vectors."""
     terms = shape.ic_blocks * shape.inner * _mean_taps(shape)
     cycles = 0.0
     for segment in segments_of(shape, pixels):
         for vectors, count in machine.vector_parts(segment.pixels, group):
-            tile = 12.0 + segment.pixels * vectors + 3.0 * shape.ic_blocks * shape.kh * len(segment.runs)
+            tile = passes * (12.0 + segment.pixels * vectors) + 3.0 * shape.ic_blocks * shape.kh * len(segment.runs)
             for run in segment.runs:
-                tile += terms * (run.last - run.first) * machine.tile_cycles(run.end - run.begin, vectors)
+                run_pixels = run.end - run.begin
+                step = machine.tile_cycles(run_pixels, vectors) + machine.load_cycles * (run_pixels + vectors)
+                tile += terms * (run.last - run.first) * step
             cycles += tile * segment.count * count
     return cycles
 

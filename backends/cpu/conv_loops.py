@@ -31,6 +31,7 @@ class ConvLoops:
         self.logical = shape
         self.shape = shape = reshaped(shape, params)
         self.segments = segments_of(shape, params.pixels)
+        self.channels = params.channels or shape.ic_blocks
         self.row_tiles = sum(segment.count for segment in self.segments)
 
     def function(self) -> Any:
@@ -54,33 +55,41 @@ class ConvLoops:
         first = row_block * params.rows
         exact = shape.oh % params.rows == 0
         rows: Any = params.rows if exact else tirx.min(self.t.const(params.rows), shape.oh - first)
+
+        def row_of(tile: Any, first_channel: Any, row: Any) -> Any:
+            return self._row(image, (oc * params.oc_tiles + tile) * params.vectors, first + row, first_channel)
+
+        def one_pass(tile: Any, number: Any) -> Any:
+            return self.t.loop(rows, lambda row: row_of(tile, number * self.channels, row), "row")
+
+        passes = shape.ic_blocks // self.channels
         return self.t.loop(
             params.oc_tiles,
-            lambda tile: self.t.loop(
-                rows,
-                lambda row: self._row(image, (oc * params.oc_tiles + tile) * params.vectors, first + row),
-                "row",
-            ),
+            lambda tile: self.t.loop(passes, lambda number: one_pass(tile, number), "pass"),
             "oc_tile",
         )
 
-    def _row(self, image: Any, oc: Any, row: Any) -> Any:
+    def _row(self, image: Any, oc: Any, row: Any, first_channel: Any) -> Any:
         def tiles(segment: Segment, before: int) -> Any:
             def tile(index: Any) -> Any:
                 number = row * self.row_tiles + before + index
-                return self._tiles(image, oc, row, segment.start + index * segment.pixels, segment, number)
+                column = segment.start + index * segment.pixels
+                return self._tiles(image, oc, row, column, first_channel, segment, number)
 
             return self.t.loop(segment.count, tile, "tile")
 
         before = accumulate((segment.count for segment in self.segments), initial=0)
         return self.t.sequence(*(tiles(segment, first) for segment, first in zip(self.segments, before, strict=False)))
 
-    def _tiles(self, image: Any, oc: Any, row: Any, column: Any, segment: Segment, number: Any) -> Any:
+    def _tiles(
+        self, image: Any, oc: Any, row: Any, column: Any, first_channel: Any, segment: Segment, number: Any
+    ) -> Any:
         """Compute tile `number` of an image for all vectors of the group, as many at a time as registers allow."""
 
         def part(first: int, vectors: int, count: int) -> Any:
             def tile(index: Any) -> Any:
-                return self._tile(image, oc + first + index * vectors, row, column, segment, vectors, number)
+                place = (image, oc + first + index * vectors, row, column)
+                return self._tile(*place, first_channel, segment, vectors, number)
 
             return self.t.loop(count, tile, "part")
 
@@ -90,7 +99,17 @@ class ConvLoops:
             first += vectors * count
         return self.t.sequence(*statements)
 
-    def _tile(self, image: Any, oc: Any, row: Any, column: Any, segment: Segment, vectors: int, number: Any) -> Any:
+    def _tile(
+        self,
+        image: Any,
+        oc: Any,
+        row: Any,
+        column: Any,
+        first_channel: Any,
+        segment: Segment,
+        vectors: int,
+        number: Any,
+    ) -> Any:
         t, shape = self.t, self.shape
         block = shape.block
         sums = t.buffer("sums", (vectors, segment.pixels, block), scope="local")
@@ -99,9 +118,16 @@ class ConvLoops:
             zero = tirx.Broadcast(tirx.const(0.0, "float32"), block)
             return t.store(sums, zero, v, p, 0, lanes=block)
 
+        def go_on(v: Any, p: Any) -> Any:
+            return t.store(sums, t.load(self.y, *at((v, p), 0), lanes=block), v, p, 0, lanes=block)
+
+        def put_by(v: Any, p: Any) -> Any:
+            return t.store(self.y, t.load(sums, v, p, 0, lanes=block), *at((v, p), 0), lanes=block)
+
         group = oc // (shape.oc_blocks // shape.groups)
 
-        def reduce(channel: Any) -> Any:
+        def reduce(index: Any) -> Any:
+            channel = first_channel + index
             x_channel = group * shape.ic_blocks + channel
             return t.sequence(
                 self._ask_for_weights(oc, vectors, segment, channel, number),
@@ -127,9 +153,13 @@ class ConvLoops:
             return t.unrolled(vectors, lambda v: t.unrolled(segment.pixels, lambda p: body(v, p), "p"), "v")
 
         # A tile that reads nothing but padding has no runs.
-        products = t.loop(shape.ic_blocks, reduce, "channel") if segment.runs else None
-        places = list(product(range(vectors), range(segment.pixels)))
-        return t.sequence(t.alloc(sums), each(start), products, finish(places, block, value, store))
+        products = t.loop(self.channels, reduce, "channel") if segment.runs else None
+        finished = finish(list(product(range(vectors), range(segment.pixels))), block, value, store)
+        if self.channels == shape.ic_blocks:
+            return t.sequence(t.alloc(sums), each(start), products, finished)
+        begin = t.when(first_channel == 0, each(start), each(go_on))
+        end = t.when(first_channel + self.channels == shape.ic_blocks, finished, each(put_by))
+        return t.sequence(t.alloc(sums), begin, products, end)
 
     def _ask_for_weights(self, oc: Any, vectors: int, segment: Segment, channel: Any, number: Any) -> Any:
         """Ask for the weights of the next group, each tile for a share: hardware does so up to the end of a page only.
@@ -239,7 +269,7 @@ class ConvLoops:
 LINE = 16
 """f32 in a cache line."""
 
-MOST_SHARES = 16
+MOST_SHARES = 48
 """Weights that serve more tiles are too few to be asked for early."""
 
 FEWEST_PIXELS = 4

@@ -92,6 +92,8 @@ class DirectParams:
     Register tiles have at most `pixels` pixels; a slice computes `oc_tiles` groups of `vectors` blocks of output
     channels on `rows` rows.  `oc_outer` (0 or 1): whether slices with the same weights follow each other, or
     those with the same input rows.  `width`, for 1x1 kernels: pixels are taken in rows of this length (else 0).
+    `channels`: blocks of input channels in a pass over a slice's pixels, whose weights then stay in L1, while the
+    output holds the sums of earlier passes (0: all of them in one).
     """
 
     pixels: int
@@ -100,6 +102,7 @@ class DirectParams:
     rows: int
     oc_outer: int = 1
     width: int = 0
+    channels: int = 0
 
 
 def reshaped(shape: ConvShape, params: DirectParams) -> ConvShape:

@@ -29,6 +29,9 @@ class Machine:
     """Bytes that flow from L2 into L1 while the core computes."""
     memory_bytes: float = 16.0
     """Bytes that flow from beyond L2, as one core streams."""
+    load_cycles: float = 0.0
+    """What a vector load or broadcast adds to the arithmetic it serves: more than nothing where another thread of the
+    core takes its share of the load ports."""
 
     @property
     def broadcasts_from_memory(self) -> bool:
@@ -97,5 +100,5 @@ def _vector_parts(machine: Machine, pixels: int, group: int) -> tuple[tuple[int,
 AVX2 = Machine(lanes=8, registers=16)
 """x86-64-v3: 16 registers of 8 floats."""
 
-AVX512 = Machine(lanes=16, registers=32, memory_bytes=9.0)
+AVX512 = Machine(lanes=16, registers=32, memory_bytes=9.0, load_cycles=0.3)
 """x86-64-v4: 32 registers of 16 floats; rates as measured on Intel's fifth generation of Xeons."""

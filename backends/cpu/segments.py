@@ -51,7 +51,8 @@ def row_segments(
     size: int, out: int, kernel: int, stride: int, pad: int, dilation: int, tile: int
 ) -> tuple[Segment, ...]:
     """Cut `out` output pixels, read from `size` input pixels with `pad` before them, into tiles of at most `tile`."""
-    widths = _widths(out, tile)
+    no_padding = pad == 0 and (out - 1) * stride + (kernel - 1) * dilation < size
+    widths = _even_widths(out, tile) if no_padding else _widths(out, tile)
     tiles = []
     start = 0
     for width in widths:
@@ -72,8 +73,12 @@ def _widths(out: int, tile: int) -> list[int]:
     inner = -(-out // count)
     border = out - (count - 2) * inner
     if border < 2:
-        return [width for width, repeat in even_split(out, tile) for _ in range(repeat)]
+        return _even_widths(out, tile)
     return [border - border // 2, *[inner] * (count - 2), border // 2]
+
+
+def _even_widths(out: int, tile: int) -> list[int]:
+    return [width for width, repeat in even_split(out, tile) for _ in range(repeat)]
 
 
 def _runs(start: int, width: int, size: int, kernel: int, stride: int, pad: int, dilation: int) -> Iterator[Run]:

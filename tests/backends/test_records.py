@@ -28,7 +28,7 @@ from cnnc.ops.source import Input
 from cnnc.target import CPUS, Target
 
 TARGET = Target("cpu", "x86-64-v3", CPUS["x86-64-v3"])
-LEGAL = "conv_direct(pixels=6,vectors=2,oc_tiles=1,rows=5,oc_outer=1,width=0)"
+LEGAL = "conv_direct(pixels=6,vectors=2,oc_tiles=1,rows=5,oc_outer=1,width=0,channels=0)"
 
 
 def kernel(channels: int = 16, label: str = "x", loc: str = "conv1") -> Fused:
