@@ -145,7 +145,7 @@ def run_raw(context: Any, inputs: list[int], outputs: list[int]) -> int:
 
     ins = (ctypes.c_void_p * len(inputs))(*inputs)
     outs = (ctypes.c_void_p * len(outputs))(*outputs)
-    return int(context.model.table.run(context._handle, ins, outs))
+    return int(context.model.table.run_batch(context._handle, 0, ins, outs))
 
 
 def test_null_pointers_are_refused_and_outputs_untouched(model: LoadedModel) -> None:
