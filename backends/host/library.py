@@ -185,13 +185,13 @@ class Context:
         """The number of threads a run uses, the caller among them."""
         return int(self._table.threads(self._handle))
 
-    def run(self, inputs: Sequence[Array]) -> list[Array]:
+    def run(self, inputs: Sequence[Array], batch: int | None = None) -> list[Array]:
         """Compute the outputs; an input that is C-contiguous and aligned to 64 bytes is read in place.
 
-        The inputs' shapes choose the batch size.  Raises UsageError when the number, a dtype or a shape differs from
-        the ports: nothing is converted silently.
+        The inputs' shapes choose the batch size, unless it is given.  Raises UsageError when the number, a dtype or a
+        shape differs from the ports: nothing is converted silently.
         """
-        variant, arrays = self.model.accept(inputs)
+        variant, arrays = self.model.accept(inputs, batch)
         outputs = [aligned_empty(port.shape, port.dtype) for port in variant.outputs]
         self._check(self._table.run_batch(self._handle, variant.batch, _pointers(arrays), _pointers(outputs)))
         return outputs
@@ -278,14 +278,18 @@ class LoadedModel:
         """
         return Context(self, threads)
 
-    def accept(self, inputs: Sequence[Array]) -> tuple[LoadedVariant, list[Array]]:
-        """Give the variant whose shapes the inputs have, and the inputs contiguous; raises UsageError if none fits."""
+    def accept(self, inputs: Sequence[Array], batch: int | None = None) -> tuple[LoadedVariant, list[Array]]:
+        """Give the variant whose shapes the inputs have, or that for a batch size, and the inputs contiguous.
+
+        Raises UsageError if the inputs do not fit.
+        """
         arrays = [np.asarray(given) for given in inputs]
         if len(arrays) != len(self.inputs):
             raise UsageError(f"{self.name}: takes {len(self.inputs)} inputs, got {len(arrays)}")
-        variant = self._by_shapes.get(tuple(array.shape for array in arrays))
-        if variant is None:
-            variant = self._nearest(arrays)
+        if batch is None:
+            variant = self._by_shapes.get(tuple(array.shape for array in arrays)) or self._nearest(arrays)
+        else:
+            variant = next(v for v in self.variants if v.batch == batch)
         for port, array in zip(variant.inputs, arrays, strict=True):
             if array.dtype != _NUMPY[port.dtype] or array.shape != port.shape:
                 raise UsageError(

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from cnnc.errors import LimitError, VerifyError
@@ -151,7 +152,7 @@ class Program:
         """The C identifier all public functions of this model begin with."""
         return c_prefix(self.name)
 
-    @property
+    @cached_property
     def variants(self) -> tuple[Variant, ...]:
         """The model for each batch size, in the order asked for."""
         return (Variant(self.batch, self.inputs, self.outputs, self.calls), *self.others)

@@ -27,7 +27,10 @@ _SHOWN_LAYERS = 4
 @compile_options
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(model: str, repeats: int, sort: str, as_json: bool, **arguments: Any) -> None:
-    """Profile the kernels of MODEL (net.so, net.onnx, file.py:network)."""
+    """Profile the kernels of MODEL (net.so, net.onnx, file.py:network).
+
+    --batch chooses one of a binary's batch sizes, else it is the first.
+    """
     module = open_model(model, arguments).module
     feeds = read_inputs(module.inputs, arguments)
     times = module.profile(feeds, repeats)
@@ -41,6 +44,8 @@ def command(model: str, repeats: int, sort: str, as_json: bool, **arguments: Any
             "profile", {"model": model, "wall_nanoseconds": wall, "roofline": asdict(roofline), "kernels": kernels}
         )
         return
+    if len(module.batches) > 1:
+        click.echo(f"batch size {module.batches[0]}, the first of {', '.join(map(str, module.batches))}")
     _print(times, wall, roofline, module.threads)
 
 
