@@ -197,7 +197,7 @@ def _transform_cost(v: Value, block: int) -> float:
 # The choice
 
 
-def _choose(graph: Graph, block: int, decided: Decisions | None) -> Wanted:
+def _choose(graph: Graph, block: int, decided: Decisions | None = None) -> Wanted:
     """Give the nodes to compute in blocks, each with the layouts of its inputs."""
     wanted = {node: w for node in graph.nodes if (w := wanted_layouts(node, block)) is not None}
     if not any(isinstance(node.op, Conv) for node in wanted):
@@ -223,7 +223,7 @@ class _Edge:
     seconds: float
 
 
-def _minimum_cut(graph: Graph, wanted: Wanted, block: int, decided: Decisions | None) -> set[Node]:
+def _minimum_cut(graph: Graph, wanted: Wanted, block: int, decided: Decisions | None = None) -> set[Node]:
     """Give the nodes on the blocked side of the cheapest cut that keeps to what is decided."""
     edges = list(_edges(graph, wanted, block))
     gain = {n: _node_cost(n, block, blocked=False) - _node_cost(n, block, blocked=True) for n in wanted}

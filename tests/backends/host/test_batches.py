@@ -23,7 +23,7 @@ SIZES = (12, 24, 1)
 
 
 def several(small: Any) -> Program:
-    """Give the model in conftest for each batch size; that of one row has one kernel less, and its own second output."""
+    """Give the model in conftest for each batch size; that of one row has a kernel less, and an empty second output."""
     others = []
     for rows in SIZES[1:]:
         matmul, bias_exp, argmax = small.program.calls
@@ -106,10 +106,8 @@ def test_eight_threads_with_a_context_each(model: LoadedModel, small: Any) -> No
 
 def test_a_batch_size_that_is_not_there_is_refused(model: LoadedModel) -> None:
     with model.create() as context:
-        with pytest.raises(
-            UsageError,
-            match=r"small: not compiled for batch size 7, only for 12, 24, 1; compile the model with --batch 1,7,12,24$",
-        ):
+        cure = "compile the model with --batch 1,7,12,24$"
+        with pytest.raises(UsageError, match=f"small: not compiled for batch size 7, only for 12, 24, 1; {cure}"):
             context.run([rows(7, 0)])
         with pytest.raises(UsageError, match=r"input 'x' is f32\[24, 32\], got float32\[24, 31\]"):
             context.run([rows(24, 0)[:, :31]])
@@ -249,9 +247,7 @@ def run(program: Path, *arguments: object) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_executable_takes_the_batch_size_of_its_input(
-    program: Path, small: Any, size: int, tmp_path: Path
-) -> None:
+def test_the_executable_takes_the_batch_size_of_its_input(program: Path, small: Any, size: int, tmp_path: Path) -> None:
     x = rows(size, 3)
     np.save(tmp_path / "x.npy", x)
     assert run(program, tmp_path / "x.npy", "-o", tmp_path / "y.npy")[0] == 0
