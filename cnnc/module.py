@@ -133,6 +133,11 @@ class Module:
         results = self._run([feeds[name] for name in names])
         return {port.name: array for port, array in zip(self.outputs, results, strict=True)}
 
+    def batch_of(self, feeds: Mapping[str, np.ndarray]) -> int:
+        """Give the batch size that inputs by name are of; 0 where none was asked for at compile time."""
+        variant, _ = self._model.accept([feeds[port.name] for port in self.inputs], self._batch)
+        return variant.batch
+
     def with_threads(self, threads: int) -> Module:
         """Give the same network run by another number of threads (weights are shared)."""
         return Module(self._load, threads=threads, build=self._build, batch=self._batch)

@@ -321,6 +321,21 @@ def test_run_takes_the_first_or_the_chosen_or_that_of_the_input(binary: Path, tm
         np.testing.assert_allclose(np.load(y), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_a_picture_is_a_batch_of_one(binary: Path, onnx_file: Path, tmp_path: Path, capsys: Any) -> None:
+    from PIL import Image
+
+    pixels = np.random.default_rng(7).integers(0, 256, (12, 12, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    y = tmp_path / "y.npy"
+    assert run(["run", str(binary), "--input", f"x=@{tmp_path / 'x.png'}", "--save", f"y={y}"]) == 0
+    x = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None], np.float32) / 255
+    np.testing.assert_allclose(np.load(y), by_onnxruntime(onnx_file)(x)["y"], rtol=1e-4, atol=1e-5)
+    assert run(["profile", str(binary), "--input", f"@{tmp_path / 'x.png'}", "--repeats", "1"]) == 0
+    assert "batch size 1 of 3, 1, 8" in capsys.readouterr().out
+    assert run(["run", str(binary), "--batch", "8", "--input", f"@{tmp_path / 'x.png'}"]) == 2
+    assert "takes no picture" in capsys.readouterr().err
+
+
 def test_verify_compares_every_size(onnx_file: Path, binary: Path, capsys: Any) -> None:
     arguments = ["verify", str(onnx_file), str(binary), "--against", "numpy,onnxruntime", "--json"]
     assert run(arguments) == 0
@@ -345,7 +360,7 @@ def test_profile_and_inspect(binary: Path, capsys: Any) -> None:
         flops[size] = sum(profiled)
     assert 7 < flops[8] / flops[1] < 9
     assert run(["profile", str(binary), "--repeats", "2"]) == 0
-    assert "batch size 3, the first of 3, 1, 8" in capsys.readouterr().out
+    assert "batch size 3 of 3, 1, 8" in capsys.readouterr().out
     assert run(["inspect", str(binary)]) == 0
     assert "batch   3 of 3, 1, 8" in capsys.readouterr().out
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from cnnc.cli.arguments import compile_options, open_model, threads_option
-from cnnc.cli.inputs import input_options, read_inputs
+from cnnc.cli.inputs import input_options, read_feeds
 from cnnc.cli.report import print_json, print_table, seconds_text
 from cnnc.module import KernelTiming, Module
 from cnnc.profiler.roofline import Roofline, machine_roofline
@@ -32,7 +32,7 @@ def command(model: str, repeats: int, sort: str, as_json: bool, **arguments: Any
     --batch chooses one of a binary's batch sizes, else it is the first.
     """
     module = open_model(model, arguments).module
-    feeds = read_inputs(module.inputs, arguments)
+    feeds = read_feeds(module, arguments)
     times = module.profile(feeds, repeats)
     wall = _wall_nanoseconds(module, feeds, repeats)
     roofline = machine_roofline()
@@ -45,7 +45,7 @@ def command(model: str, repeats: int, sort: str, as_json: bool, **arguments: Any
         )
         return
     if len(module.batches) > 1:
-        click.echo(f"batch size {module.batches[0]}, the first of {', '.join(map(str, module.batches))}")
+        click.echo(f"batch size {module.batch_of(feeds)} of {', '.join(map(str, module.batches))}")
     _print(times, wall, roofline, module.threads)
 
 
