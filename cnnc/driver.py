@@ -188,8 +188,13 @@ def load_graph(source: Source, options: Options | None = None) -> Graph:
 
 def load_graphs(source: Source, options: Options) -> tuple[Graph, ...]:
     """Turn any source into verified graphs, one for each batch size asked for."""
+    from cnnc.passes.pipeline import share_constants
+
     make = _importer(source, options)
-    graphs = tuple(verify(make(batch), "import") for batch in options.batches)
+    graphs: tuple[Graph, ...] = ()
+    for batch in options.batches:
+        # One by one, so that no more than two sets of weights are ever in memory.
+        graphs = share_constants((*graphs, verify(make(batch), "import")))
     shapes: dict[tuple[Any, ...], int | None] = {}
     for batch, graph in zip(options.batches, graphs, strict=True):
         same = shapes.setdefault(tuple(v.type for v in graph.inputs), batch)
@@ -294,8 +299,9 @@ def _network_graph(net: Network, batch: int | None) -> Graph:
 def _with_batch(graph: Graph, batch: int | None) -> Graph:
     """Give a graph, whose shapes are fixed; raises `UsageError` if they are for another batch size."""
     for name, value in zip(graph.input_names, graph.inputs, strict=True):
-        if batch is not None and value.type.shape[:1] not in ((), (batch,)):
-            raise UsageError(f"input {name!r} has the fixed leading dimension {value.shape[0]}, not batch {batch}")
+        leading = value.type.shape[0] if value.type.shape else None
+        if batch is not None and isinstance(leading, int) and leading != batch:
+            raise UsageError(f"input {name!r} has the fixed leading dimension {leading}, not batch {batch}")
     return graph
 
 

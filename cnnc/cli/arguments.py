@@ -38,7 +38,7 @@ class BatchSizes(click.ParamType):  # type: ignore[type-arg]  # click makes it g
         """Read `8` as a number, `1,8,32` as a tuple."""
         if isinstance(value, int | tuple):
             return value
-        if not re.fullmatch(r"-?\d+(,-?\d+)*", value, re.ASCII):
+        if not re.fullmatch(r"-?\d{1,10}(,-?\d{1,10})*", value, re.ASCII):
             self.fail(f"{value!r} cannot be read; write one batch size or several, as 8 or 1,8,32", param, ctx)
         sizes = tuple(map(int, value.split(",")))
         if min(sizes) < 1 or max(sizes) >= 2**31:
@@ -64,7 +64,7 @@ def model_options(function: F) -> F:
     added = [
         click.option("--target", default="cpu", show_default=True, help="cpu, or cpu:NAME such as cpu:x86-64-v3."),
         click.option("--shape", "shapes", multiple=True, metavar="x=1x3x224x224", help="Fix an input's shape."),
-        click.option("--batch", type=BatchSizes(), help="Batch size where the model leaves it open; 1,8,32 for any."),
+        click.option("--batch", type=BatchSizes(), help="Fix the batch size; several make one binary for any of them."),
         click.option(
             *("-O", "level"),
             type=click.Choice([*map(str, LEVELS), "s"]),
