@@ -17,10 +17,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 import cnnc
 from cnnc.cli.main import run
-from cnnc.driver import Report
+from cnnc.driver import Options, Report, load_graph
 from cnnc.errors import CheckFailed, UsageError
 from cnnc.frontends.dsl import Network, Tensor, conv, flatten, linear, max_pool, network, relu
 from cnnc.ir.interp import evaluate
+from tests.random_onnx import random_network
 
 SIZES = (3, 1, 8)
 Run = Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -448,3 +449,25 @@ def test_the_same_list_gives_the_same_bytes(onnx_file: Path, binary: Path, tmp_p
     path = tmp_path / "net.so"
     assert run(["compile", str(onnx_file), "--batch", "3,1,8", "-o", str(path), "--no-cache"]) == 0
     assert path.read_bytes() == binary.read_bytes()
+
+
+@pytest.mark.parametrize("seed", [20, 30, 36, 41, 53, 57])
+def test_random_networks(seed: int) -> None:
+    """Networks of random_onnx.py whose leading axes may be of any size."""
+    model = random_network(seed)
+    del model.graph.value_info[:]
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.shape.dim:
+            value.type.tensor_type.shape.dim[0].dim_param = "n"
+    module = cnnc.compile(model, batch=(1, 3))
+    rng = np.random.default_rng(seed)
+    for batch in (3, 1, 3):
+        ports = module.with_batch(batch).inputs
+        feeds = {port.name: rng.standard_normal(port.shape).astype(np.float32) for port in ports}
+        wanted = evaluate(load_graph(model, Options(batch=batch)), feeds, precise=True)
+        for name, array in module.run(feeds).items():
+            assert array.shape == wanted[name].shape
+            scale = max(np.linalg.norm(wanted[name]), 1e-3 * wanted[name].size ** 0.5)
+            assert np.linalg.norm(array - wanted[name]) <= 1e-4 * scale
+    alone = [cnnc.compile(model, batch=batch).build.program.weight_bytes for batch in (1, 3)]
+    assert module.build.program.weight_bytes <= 1.1 * max(alone) + 4096
