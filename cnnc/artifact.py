@@ -15,14 +15,16 @@ KINDS = ("so", "header", "exe", "obj", "ir")
 """What `--emit` may ask for."""
 
 
-def check_output(path: Path, emit: Sequence[str]) -> None:
+def check_output(path: Path, emit: Sequence[str], batches: int = 1) -> None:
     """Refuse, before any work is done, an output that cannot be written; raises `EnvironmentProblem` or `UsageError`.
 
-    A missing folder is made.
+    A missing folder is made.  `batches` is for how many batch sizes the output is.
     """
     unknown = [kind for kind in emit if kind not in KINDS]
     if unknown:
         raise UsageError(f"--emit {unknown[0]} is not known; use some of {', '.join(KINDS)}")
+    if "ir" in emit and batches > 1:
+        raise UsageError("--emit ir writes the kernels for one batch size; name one with --batch")
     if path.is_dir():
         raise EnvironmentProblem(f"{path} is a folder; name the file to write, as in {path / 'net.so'}")
     try:
@@ -40,7 +42,7 @@ def write(build: Build, path: Path, emit: Sequence[str]) -> list[Path]:
     from cnnc.backends.host.link import build_executable, build_object, build_shared
     from cnnc.backends.host.publish import publish
 
-    check_output(path, emit)
+    check_output(path, emit, len(build.graphs))
     written = []
     for kind in KINDS:
         if kind not in emit:
@@ -77,8 +79,9 @@ def _write_ir(build: Build, path: Path) -> None:
     from cnnc.backends.host.publish import publish
     from cnnc.ir.text import print_graph, weights_of
 
-    arrays: dict[str, Any] = {k: array.reshape(-1).view(np.uint8) for k, array in weights_of(build.graph).items()}
+    (graph,) = build.graphs
+    arrays: dict[str, Any] = {k: array.reshape(-1).view(np.uint8) for k, array in weights_of(graph).items()}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     publish(path.with_suffix(".npz"), buffer.getvalue())
-    publish(path, print_graph(build.graph).encode())
+    publish(path, print_graph(graph).encode())

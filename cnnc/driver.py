@@ -40,7 +40,8 @@ Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | Network | Graph"
 class Options:
     """What a compile may be told, beside the source.
 
-    `shapes` and `batch` fix sizes an ONNX model leaves open; `level` is the optimisation level 0..3; `passes`
+    `shapes` and `batch` fix sizes a model leaves open; several batch sizes make one binary for all of them, which has
+    the weights once; `level` is the optimisation level 0..3; `passes`
     replaces the pipeline of that level; `dump_ir` is a folder for the IR after each pass that changed it;
     `exact` keeps convolutions to the very products of the definition, which forbids Winograd's algorithm; `small`
     gives that algorithm's larger weights no more than a tenth of the model's bytes;
@@ -52,7 +53,7 @@ class Options:
     target: str = "cpu"
     threads: int = 1
     shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    batch: int | None = None
+    batch: int | Sequence[int] | None = None
     level: int = 3
     passes: str | None = None
     exact: bool = False
@@ -68,7 +69,7 @@ class Options:
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
         return {
             "target": self.target,
-            "batch": self.batch,
+            "batch": self.batch if isinstance(self.batch, int | None) else list(self.batch),
             "level": self.level,
             "passes": self.passes,
             "exact": self.exact,
@@ -77,14 +78,31 @@ class Options:
             "shapes": shapes,
         }
 
+    @property
+    def batches(self) -> tuple[int | None, ...]:
+        """The batch sizes, None for what the model says; raises `UsageError` for a list that makes no sense."""
+        if isinstance(self.batch, int | None):
+            return (self.batch,)
+        wrong = [size for size in self.batch if not isinstance(size, int) or isinstance(size, bool) or size < 1]
+        if wrong or not self.batch:
+            raise UsageError(f"batch={self.batch!r}: batch sizes are whole numbers of at least 1, as (1, 8, 32)")
+        twice = [size for size in dict.fromkeys(self.batch) if list(self.batch).count(size) > 1]
+        if twice:
+            raise UsageError(f"batch={self.batch!r}: {twice[0]} is there twice; name every batch size once")
+        return tuple(self.batch)
+
 
 @dataclass
 class Report:
-    """How a compile went: seconds by phase and by pass, kernels, bytes, and the rules that fired."""
+    """How a compile went: seconds by phase and by pass, batch sizes, kernels, bytes, and the rules that fired.
+
+    `batches` is empty where none was asked for.
+    """
 
     phases: dict[str, float] = field(default_factory=dict)
     passes: list[tuple[str, float]] = field(default_factory=list)
     rewrites: RewriteLog = field(default_factory=RewriteLog)
+    batches: tuple[int, ...] = ()
     kernels: int = 0
     kernels_compiled: int = 0
     arena_bytes: int = 0
@@ -97,10 +115,13 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Lowered:
-    """A graph after all passes: every computing node is a kernel with a schedule, every value has its place."""
+    """Graphs after all passes, one for each batch size.
 
-    graph: Graph
-    plan: MemoryPlan
+    Every computing node is a kernel with a schedule, every value has its place.
+    """
+
+    graphs: tuple[Graph, ...]
+    plans: tuple[MemoryPlan, ...]
     target: Target
 
 
@@ -110,7 +131,7 @@ def compile(
     target: str = "cpu",
     threads: int = 1,
     shapes: Mapping[str, Sequence[int]] | None = None,
-    batch: int | None = None,
+    batch: int | Sequence[int] | None = None,
     level: int = 3,
     passes: str | None = None,
     exact: bool = False,
@@ -126,8 +147,8 @@ def compile(
     """Compile a model into a module that runs in process and can be saved as a binary.
 
     `source` is a path (`net.onnx`, `file.py:network`, IR text `net.ir`), an `onnx.ModelProto`, a DSL network
-    or a `Graph`; the other arguments are those of `Options`.  Raises `CnncError`, whose `exit_code` tells an
-    invalid model (3) from an unsupported one (4).
+    or a `Graph`; the other arguments are those of `Options`.  With `batch=(1, 8)` the module runs either, as its
+    inputs say.  Raises `CnncError`, whose `exit_code` tells an invalid model (3) from an unsupported one (4).
     """
     options = Options(
         target=target,
@@ -146,33 +167,53 @@ def compile(
     )
     report = Report() if report is None else report
     with _phase(report, "import", progress):
-        graph = load_graph(source, options)
+        graphs = load_graphs(source, options)
+    report.batches = tuple(size for size in options.batches if size is not None)
     # Hashing the weights takes as long as a pass, and gives up the interpreter lock meanwhile.
     with ThreadPoolExecutor(1, "digest") as pool:
-        digest = pool.submit(_digest, graph)
+        digest = pool.submit(_digest, graphs)
         with _phase(report, "optimise", progress):
-            lowered = lower(graph, options, report)
+            lowered = lower(graphs, options, report)
         with _phase(report, "kernels", progress):
             return _build(lowered, digest.result(), options, report, progress)
 
 
 def load_graph(source: Source, options: Options | None = None) -> Graph:
-    """Turn any source into a verified graph, without optimising it."""
+    """Turn any source into a verified graph, without optimising it; raises `UsageError` for several batch sizes."""
     options = Options() if options is None else options
-    graph = verify(_import(source, options), "import")
-    return replace(graph, name=options.name) if options.name else graph
+    if len(options.batches) > 1:
+        raise UsageError(f"a graph is for one batch size, not {len(options.batches)}; name one")
+    return load_graphs(source, options)[0]
 
 
-def lower(graph: Graph, options: Options, report: Report) -> Lowered:
+def load_graphs(source: Source, options: Options) -> tuple[Graph, ...]:
+    """Turn any source into verified graphs, one for each batch size asked for."""
+    from cnnc.passes.pipeline import share_constants
+
+    make = _importer(source, options)
+    graphs: tuple[Graph, ...] = ()
+    for batch in options.batches:
+        # One by one, so that no more than two sets of weights are ever in memory.
+        graphs = share_constants((*graphs, verify(make(batch), "import")))
+    shapes: dict[tuple[Any, ...], int | None] = {}
+    for batch, graph in zip(options.batches, graphs, strict=True):
+        same = shapes.setdefault(tuple(v.type for v in graph.inputs), batch)
+        if same != batch:
+            raise UsageError(f"batch sizes {same} and {batch} make no difference: every input's shape is fixed")
+    return tuple(replace(graph, name=options.name) if options.name else graph for graph in graphs)
+
+
+def lower(graphs: Sequence[Graph], options: Options, report: Report) -> Lowered:
     """Run the passes: from what the model says to kernels with schedules and addresses."""
     from cnnc.backends.cache import DiskCache, ScheduleCache
     from cnnc.backends.cpu.identity import ScheduleMemory
     from cnnc.backends.cpu.templates import TEMPLATES
     from cnnc.backends.records import tuned_records
-    from cnnc.passes.pipeline import pipeline, run_pipeline
+    from cnnc.passes.pipeline import pipeline, run_together
     from cnnc.passes.plan_memory import plan_memory
 
-    _refuse_open_sizes(graph)
+    for graph in graphs:
+        _refuse_open_sizes(graph)
     target = Target.parse(options.target, options.threads)
     disk = DiskCache() if options.cache else None
     memory = ScheduleMemory(ScheduleCache(disk))
@@ -183,11 +224,20 @@ def lower(graph: Graph, options: Options, report: Report) -> Lowered:
         exact=options.exact,
         small=options.small,
     )
-    lowered = run_pipeline(graph, target, chosen, dump_dir=options.dump_ir, log=report.rewrites, timings=report.passes)
+    lowered = run_together(
+        *(graphs, target, chosen), dump_dirs=_dump_folders(options), log=report.rewrites, timings=report.passes
+    )
     for note in records.notes:
         warnings.warn(note, stacklevel=2)
-    plan = plan_memory(lowered, target)
-    return Lowered(lowered, plan, target)
+    return Lowered(lowered, tuple(plan_memory(graph, target) for graph in lowered), target)
+
+
+def _dump_folders(options: Options) -> list[Path | None]:
+    """Give each batch size a folder of its own where there are several."""
+    folder, batches = options.dump_ir, options.batches
+    if folder is None or len(batches) == 1:
+        return [folder for _ in batches]
+    return [folder / f"batch{batch}" for batch in batches]
 
 
 def _build(lowered: Lowered, digest: str, options: Options, report: Report, progress: Progress) -> Module:
@@ -196,9 +246,10 @@ def _build(lowered: Lowered, digest: str, options: Options, report: Report, prog
     from cnnc.backends.host.jit import JitModel
 
     built = build(
-        lowered.graph,
-        lowered.plan,
+        lowered.graphs,
+        lowered.plans,
         lowered.target,
+        batches=[batch or 0 for batch in options.batches],
         kernel_cache=KernelCache(DiskCache() if options.cache else None),
         meta={"cnnc": cnnc.__version__, "options": options.effective(), "model": digest},
         progress=lambda done, total: progress("kernels", done, total),
@@ -210,41 +261,55 @@ def _build(lowered: Lowered, digest: str, options: Options, report: Report, prog
     return Module(lambda: JitModel(built.program, built.objects), threads=options.threads, build=built)
 
 
-def _import(source: Source, options: Options) -> Graph:
+def _importer(source: Source, options: Options) -> Callable[[int | None], Graph]:
+    """Give what makes the graph of a source for a batch size."""
     if isinstance(source, Graph):
-        return source
+        return lambda batch: _with_batch(source, batch)
     if isinstance(source, str | os.PathLike):
-        return _import_path(os.fspath(source), options)
+        return _path_importer(os.fspath(source), options)
     if hasattr(source, "SerializeToString"):
-        return _import_onnx(source, options)
+        return lambda batch: _import_onnx(source, options, batch)
     if hasattr(source, "graph"):
-        return source.graph()
+        return lambda batch: _network_graph(source, batch)
     raise UsageError(f"a {type(source).__name__} is not a model; give a path, an onnx.ModelProto, a network or a graph")
 
 
-def _import_path(path: str, options: Options) -> Graph:
+def _path_importer(path: str, options: Options) -> Callable[[int | None], Graph]:
     file, _, _ = path.rpartition(":")
     if file.endswith(".py"):
         from cnnc.frontends.dsl import load_network
 
         net = load_network(path)
-        if options.batch is not None:
-            net = net.with_batch(options.batch)
-        return (net if net.weights else net.init(0)).graph()
+        drawn = net if net.weights else net.init(0)
+        return lambda batch: _network_graph(drawn, batch)
     if path.endswith(".py"):
         raise UsageError(f"{path}: name the network too, as in {path}:resnet50")
     if path.endswith(".so"):
         raise UsageError(f"{path} is compiled already; use cnnc.load, or the verbs run, bench and profile")
     if path.endswith(".ir"):
-        return _read_ir(Path(path))
-    return _import_onnx(path, options)
+        graph = _read_ir(Path(path))
+        return lambda batch: _with_batch(graph, batch)
+    return lambda batch: _import_onnx(path, options, batch)
 
 
-def _import_onnx(source: Any, options: Options) -> Graph:
+def _network_graph(net: Network, batch: int | None) -> Graph:
+    return (net if batch is None else net.with_batch(batch)).graph()
+
+
+def _with_batch(graph: Graph, batch: int | None) -> Graph:
+    """Give a graph, whose shapes are fixed; raises `UsageError` if they are for another batch size."""
+    for name, value in zip(graph.input_names, graph.inputs, strict=True):
+        leading = value.type.shape[0] if value.type.shape else None
+        if batch is not None and isinstance(leading, int) and leading != batch:
+            raise UsageError(f"input {name!r} has the fixed leading dimension {leading}, not batch {batch}")
+    return graph
+
+
+def _import_onnx(source: Any, options: Options, batch: int | None) -> Graph:
     from cnnc.frontends.onnx import import_model
 
     shapes = {name: tuple(shape) for name, shape in options.shapes.items()}
-    graph = import_model(source, shapes=shapes or None, batch=options.batch, limits=options.limits)
+    graph = import_model(source, shapes=shapes or None, batch=batch, limits=options.limits)
     return replace(graph, name=Path(source).stem) if isinstance(source, str) else graph
 
 
@@ -271,9 +336,9 @@ def _refuse_open_sizes(graph: Graph) -> None:
             )
 
 
-def _digest(graph: Graph) -> str:
-    """Identify a model by its graph, weights included."""
-    return hashlib.sha256(print_graph(graph).encode()).hexdigest()
+def _digest(graphs: Sequence[Graph]) -> str:
+    """Identify a model by its graphs, weights included."""
+    return hashlib.sha256("".join(map(print_graph, graphs)).encode()).hexdigest()
 
 
 @contextmanager

@@ -7,11 +7,13 @@ cost of being changed from its maker's layout to its readers', paid once however
 assignment of the two labels is a minimum cut; NeoCPU (USENIX ATC'19, section 3.3) sets the same problem and solves it
 by dynamic programming, approximately where the graph is no chain.  Transforms of constants are done here, so weights
 change nothing but their declared layout.  A convolution of few channels, as the first one, reads plain data itself.
+
+Of graphs of one network for several batch sizes the first decides how each weight lies, and the others follow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -20,7 +22,7 @@ from cnnc.ir.build import call, infer_types
 from cnnc.ir.graph import Graph, Node, Value
 from cnnc.ir.layout import Layout
 from cnnc.ir.literal import Literal
-from cnnc.ir.op import Kind
+from cnnc.ir.op import Kind, Op
 from cnnc.ir.rewrite import map_graph, rebuild
 from cnnc.ir.types import DType, TensorType
 from cnnc.ops.blocked import channel_layout, weight_layout
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 
 Wanted: TypeAlias = dict[Node, tuple[Layout | None, ...]]
 """Nodes that can compute in blocks, with the layouts their inputs then have."""
+
+Decisions: TypeAlias = dict[tuple[Op, Op], tuple[Layout | None, ...]]
+"""The layouts of the inputs of each convolution so far, by itself and its weight."""
 
 RANK = 4
 """The rank of the tensors that are blocked: images."""
@@ -63,13 +68,16 @@ class AssignLayouts(Pass):
 
     def run(self, graph: Graph, target: Target) -> Graph:
         """Give the graph with layouts chosen and transforms put in; graphs with kernels in them stay as they are."""
-        if any(isinstance(node.op, Fused) for node in graph.nodes):
-            return graph
+        return self.run_together((graph,), target)[0]
+
+    def run_together(self, graphs: Sequence[Graph], target: Target) -> tuple[Graph, ...]:
+        """Choose for the first graph; the others follow it in how weights lie."""
         block = self.block or target.vector_lanes
-        if block == 1:
-            return graph
-        plain = _all_plain(graph)
-        return _rewrite(plain, _choose(plain, block), block)
+        if block == 1 or any(isinstance(node.op, Fused) for graph in graphs for node in graph.nodes):
+            return tuple(graphs)
+        decided: Decisions | None = {} if len(graphs) > 1 else None
+        plain = map(_all_plain, graphs)
+        return tuple(_rewrite(graph, _choose(graph, block, decided), block, decided) for graph in plain)
 
 
 def _all_plain(graph: Graph) -> Graph:
@@ -189,12 +197,12 @@ def _transform_cost(v: Value, block: int) -> float:
 # The choice
 
 
-def _choose(graph: Graph, block: int) -> Wanted:
+def _choose(graph: Graph, block: int, decided: Decisions | None = None) -> Wanted:
     """Give the nodes to compute in blocks, each with the layouts of its inputs."""
     wanted = {node: w for node in graph.nodes if (w := wanted_layouts(node, block)) is not None}
     if not any(isinstance(node.op, Conv) for node in wanted):
         return {}
-    return {node: wanted[node] for node in _minimum_cut(graph, wanted, block)}
+    return {node: wanted[node] for node in _minimum_cut(graph, wanted, block, decided)}
 
 
 _BLOCKED, _PLAIN = "blocked", "plain"
@@ -215,14 +223,15 @@ class _Edge:
     seconds: float
 
 
-def _minimum_cut(graph: Graph, wanted: Wanted, block: int) -> set[Node]:
-    """Give the nodes on the blocked side of the cheapest cut."""
+def _minimum_cut(graph: Graph, wanted: Wanted, block: int, decided: Decisions | None = None) -> set[Node]:
+    """Give the nodes on the blocked side of the cheapest cut that keeps to what is decided."""
     edges = list(_edges(graph, wanted, block))
     gain = {n: _node_cost(n, block, blocked=False) - _node_cost(n, block, blocked=True) for n in wanted}
-    label = _decided(gain, edges)
+    label = _clear(gain, edges)
+    label |= _labels(wanted, decided or {})
     undecided = [node for node in wanted if node not in label]
     if len(undecided) > MOST_UNDECIDED:
-        return set(wanted)
+        return {node for node in wanted if label.get(node) != _PLAIN}
     network = _network(undecided, gain, edges, label)
     import networkx
 
@@ -247,7 +256,7 @@ def _edges(graph: Graph, wanted: Wanted, block: int) -> Iterator[_Edge]:
             yield _Edge(value, maker, tuple(readers), _transform_cost(value, block))
 
 
-def _decided(gain: dict[Node, float], edges: Sequence[_Edge]) -> dict[Node, str]:
+def _clear(gain: dict[Node, float], edges: Sequence[_Edge]) -> dict[Node, str]:
     """Label the nodes that gain more by one layout than all their transforms could cost."""
     at_stake = dict.fromkeys(gain, 0.0)
     for edge in edges:
@@ -255,6 +264,12 @@ def _decided(gain: dict[Node, float], edges: Sequence[_Edge]) -> dict[Node, str]
             if isinstance(node, Node):
                 at_stake[node] += edge.seconds
     return {n: _BLOCKED if gain[n] > 0 else _PLAIN for n in gain if abs(gain[n]) > at_stake[n]}
+
+
+def _labels(nodes: Iterable[Node], decided: Decisions) -> dict[Node, str]:
+    """Label the convolutions that are decided."""
+    found = {node: decided.get(layer) for node in nodes if decided and (layer := _layer(node)) is not None}
+    return {node: _BLOCKED if any(layouts) else _PLAIN for node, layouts in found.items() if layouts is not None}
 
 
 def _network(
@@ -294,14 +309,23 @@ def _reader(user: Node, value: Value, wanted: Wanted) -> Node | str:
 # The new graph
 
 
-def _rewrite(graph: Graph, blocked: Wanted, block: int) -> Graph:
-    """Rebuild the graph, each value changed to another layout at most once."""
+def _layer(node: Node) -> tuple[Op, Op] | None:
+    """Name a convolution by itself and its constant weight; None for anything else."""
+    if not isinstance(node.op, Conv) or not isinstance(node.inputs[1].op, Constant):
+        return None
+    return (node.op, node.inputs[1].op)
+
+
+def _rewrite(graph: Graph, blocked: Wanted, block: int, decided: Decisions | None) -> Graph:
+    """Rebuild the graph, each value changed to another layout at most once; keeps to what is decided and adds to it."""
     changed: dict[tuple[Value, Layout | None], Value] = {}
 
     def place(node: Node, inputs: tuple[Value, ...]) -> Sequence[Value]:
         layouts = blocked.get(node, (None,) * len(inputs))
         if node in blocked and inputs[0].type.layout is None and _reads_either(node, block):
             layouts = _conv_layouts(node, block, plain=True)
+        if decided is not None and (layer := _layer(node)) is not None:
+            layouts = decided.setdefault(layer, layouts)
         return rebuild(node, tuple(_in_layout(v, w, changed) for v, w in zip(inputs, layouts, strict=True)))
 
     placed = map_graph(graph, place)

@@ -7,19 +7,24 @@ layer on one core; `error` is in units of the last place of the work done, max |
 measured on the kernels the algorithm takes; the budget is 64.  What is not cheaper than the first of the table by a
 clear margin gives way to it.  Winograd's algorithms also differ in what they make of infinities, which turn into NaN
 wherever a tile holds one, and near the largest floats: `exact` forbids them.
+
+Graphs of one network for several batch sizes share the choice, and so the weights; a layer's seconds count as its share
+of a graph's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TypeAlias
 
 import numpy as np
 
 from cnnc.ir.build import call
 from cnnc.ir.graph import Graph, Node, Value
+from cnnc.ir.op import Op
 from cnnc.ir.rewrite import rewrite
 from cnnc.ir.types import DType, TensorType
 from cnnc.ops.conv import Conv
@@ -127,8 +132,19 @@ ALGORITHMS: tuple[Algorithm, ...] = (
 """The table: a new algorithm is a line here and a template in the back end."""
 
 
-Layer: TypeAlias = tuple[Conv, Value]
+Layer: TypeAlias = tuple[Op, Value | Op]
 """A convolution and its weight: layers that share both are computed the same way."""
+
+
+def _layer(conv: Op, weight: Value, shared: bool) -> Layer:
+    """Name a layer; by its weight's numbers where graphs share it."""
+    return (conv, weight.op if shared and isinstance(weight.op, Constant) else weight)
+
+
+def _counts(nodes: Sequence[Node], target: Target, first: Algorithm) -> dict[Node, float]:
+    """Say by how much the seconds of each convolution of a graph count, so that every graph counts the same."""
+    total = sum(first.seconds(node, target) for node in nodes)
+    return dict.fromkeys(nodes, 1 / total if total else 1.0)
 
 
 @dataclass(frozen=True)
@@ -145,13 +161,19 @@ class ChooseAlgorithm(Pass):
 
     def run(self, graph: Graph, target: Target) -> Graph:
         """Set the algorithm of every convolution; one with transformed weights keeps the one they are for."""
-        chosen = self._choices(graph, target)
+        return self.run_together((graph,), target)[0]
 
+    def run_together(self, graphs: Sequence[Graph], target: Target) -> tuple[Graph, ...]:
+        """Choose once for all graphs."""
+        chosen = self._choices(graphs, target)
+        return tuple(self._apply(graph, chosen, shared=len(graphs) > 1) for graph in graphs)
+
+    def _apply(self, graph: Graph, chosen: Mapping[Layer, str], shared: bool) -> Graph:
         def choose_algorithm(v: Value) -> Value | None:
             """conv{algorithm=direct} -> conv{algorithm=cheapest within the bounds}."""
             match v.node:
                 case Node(Conv() as conv, (x, w, *bias)) if conv.tile is None:
-                    best = chosen.get((conv, w), conv.algorithm)
+                    best = chosen.get(_layer(conv, w, shared), conv.algorithm)
                     if conv.algorithm == best:
                         return None
                     transform = _transform_of(best, conv)
@@ -161,14 +183,17 @@ class ChooseAlgorithm(Pass):
 
         return rewrite(graph, (choose_algorithm,))
 
-    def _choices(self, graph: Graph, target: Target) -> dict[Layer, str]:
+    def _choices(self, graphs: Sequence[Graph], target: Target) -> dict[Layer, str]:
         """Give the algorithm of every layer."""
         table = tuple(a for a in ALGORITHMS if a.exact or not self.exact)
         layers: dict[Layer, list[Node]] = {}
-        for node in graph.nodes:
-            if isinstance(node.op, Conv) and node.op.tile is None:
-                layers.setdefault((node.op, node.inputs[1]), []).append(node)
-        saved = {layer: savings(nodes, target, self.budget, table) for layer, nodes in layers.items()}
+        counts: dict[Node, float] = {}
+        for graph in graphs:
+            nodes = [node for node in graph.nodes if isinstance(node.op, Conv) and node.op.tile is None]
+            counts |= _counts(nodes, target, table[0]) if len(graphs) > 1 else {}
+            for node in nodes:
+                layers.setdefault(_layer(node.op, node.inputs[1], len(graphs) > 1), []).append(node)
+        saved = {layer: savings(nodes, target, self.budget, table, counts) for layer, nodes in layers.items()}
         if math.isinf(self.growth):
             return {layer: max(found, default=(0.0, table[0].name))[1] for layer, found in saved.items()}
         worth = [
@@ -176,7 +201,7 @@ class ChooseAlgorithm(Pass):
             for layer, found in saved.items()
             for seconds, algorithm in found
         ]
-        room = _room(graph, self.growth)
+        room = _room(graphs[0], self.growth)
         chosen: dict[Layer, str] = dict.fromkeys(layers, table[0].name)
         for _, algorithm, layer in sorted(worth, key=lambda item: -item[0]):
             added = _added_bytes(algorithm, layer)
@@ -212,20 +237,26 @@ def _transform_of(algorithm: str, conv: Conv) -> WinogradWeight | None:
 def _added_bytes(algorithm: str, layer: Layer) -> int:
     """Count the bytes that a layer's weight grows by."""
     conv, weight = layer
+    assert isinstance(conv, Conv)
     transform = _transform_of(algorithm, conv)
-    return 0 if transform is None else transform.infer(weight.type).nbytes - weight.type.nbytes
+    type_ = weight.type if isinstance(weight, Value) else call(weight).type
+    return 0 if transform is None else transform.infer(type_).nbytes - type_.nbytes
 
 
 def savings(
-    nodes: Sequence[Node], target: Target, budget: float, table: tuple[Algorithm, ...] = ALGORITHMS
+    nodes: Sequence[Node],
+    target: Target,
+    budget: float,
+    table: tuple[Algorithm, ...] = ALGORITHMS,
+    counts: Mapping[Node, float] = MappingProxyType({}),
 ) -> list[tuple[float, str]]:
     """List (seconds saved over the first of a table, name) of what stays within an error budget and saves enough.
 
-    `nodes` are all convolutions of a layer.
+    `nodes` are all convolutions of a layer; `counts` is by how much the seconds of each count, once if it is not there.
     """
 
     def seconds(algorithm: Algorithm) -> float:
-        return sum(algorithm.seconds(node, target) for node in nodes)
+        return sum(algorithm.seconds(node, target) * counts.get(node, 1.0) for node in nodes)
 
     first, *others = table
     possible = [a for a in others if a.error <= budget and all(map(a.applies, nodes))]

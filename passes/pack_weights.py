@@ -2,12 +2,14 @@
 
     dense(x, w) -> dense(x, w in OI16o)   for FEWEST_ROWS rows of x or more
 
-The block is two vectors.  A layer of fewer rows is bound by reading its weight, for which plain rows are as good.
+The block is two vectors.  A layer of fewer rows is bound by reading its weight, for which plain rows are as good; so
+where graphs for several batch sizes share a weight, it is packed if it is worth it for any of them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from cnnc.ir.build import call
@@ -32,10 +34,23 @@ class PackWeights(Pass):
 
     def run(self, graph: Graph, target: Target) -> Graph:
         """Give the graph with packed weights."""
+        return self._pack(graph, target, _is_worth_it)
+
+    def run_together(self, graphs: Sequence[Graph], target: Target) -> tuple[Graph, ...]:
+        """Pack what is worth it in any of the graphs."""
+        if len(graphs) == 1:
+            return (self.run(graphs[0], target),)
+        worth_it = {node.inputs[1].op for graph in graphs for node in graph.nodes if _is_worth_it(node)}
+        return tuple(
+            self._pack(graph, target, lambda node: _is_possible(node) and node.inputs[1].op in worth_it)
+            for graph in graphs
+        )
+
+    def _pack(self, graph: Graph, target: Target, is_worth_it: Callable[[Node], bool]) -> Graph:
         block = self.block or 2 * target.vector_lanes
 
         def pack(node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
-            if not _is_worth_it(node):
+            if not is_worth_it(node):
                 return rebuild(node, inputs)
             x, weight, *bias = inputs
             packed = call(
@@ -47,11 +62,14 @@ class PackWeights(Pass):
         return map_graph(graph, pack)
 
 
-def _is_worth_it(node: Node) -> bool:
-    """Whether a node is a layer of many rows, with a weight that is known and still plain."""
+def _is_possible(node: Node) -> bool:
+    """Whether a node is a layer with a weight that is known and still plain."""
     if not isinstance(node.op, Dense) or not isinstance(node.inputs[1].op, Constant):
         return False
     x, weight = node.inputs[0].type, node.inputs[1].type
-    if weight.layout is not None or weight.dtype is not DType.F32 or not x.is_static:
-        return False
-    return math.prod(x.static_shape[:-1]) >= FEWEST_ROWS and 0 not in weight.static_shape
+    return weight.layout is None and weight.dtype is DType.F32 and x.is_static and 0 not in weight.static_shape
+
+
+def _is_worth_it(node: Node) -> bool:
+    """Whether a node is such a layer, of many rows."""
+    return _is_possible(node) and math.prod(node.inputs[0].type.static_shape[:-1]) >= FEWEST_ROWS

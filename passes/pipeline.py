@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from cnnc.errors import UsageError
-from cnnc.ir.graph import Graph
-from cnnc.ir.rewrite import RewriteLog, recording
+from cnnc.ir.build import call
+from cnnc.ir.graph import Graph, Node, Value
+from cnnc.ir.literal import Literal
+from cnnc.ir.rewrite import RewriteLog, map_graph, rebuild, recording
 from cnnc.ir.text import print_graph
 from cnnc.ir.verify import verify
+from cnnc.ops.source import Constant
 from cnnc.options import LEVELS
 from cnnc.passes.assign_layouts import AssignLayouts
 from cnnc.passes.choose_algorithm import ChooseAlgorithm
@@ -102,17 +105,52 @@ def run_pipeline(
     `dump_dir` gets `00-import.txt` and, for every pass that changed it, the graph as `03-fuse.txt`; `log` collects
     the rules that fired and the near-misses; `timings` gets (pass, seconds).
     """
-    dump = _Dump(dump_dir, graph)
+    (graph,) = run_together(
+        (graph,), target, passes, dump_dirs=(dump_dir,), verify_each=verify_each, log=log, timings=timings
+    )
+    return graph
+
+
+def run_together(
+    graphs: Sequence[Graph],
+    target: Target,
+    passes: Sequence[Pass],
+    *,
+    dump_dirs: Sequence[Path | None],
+    verify_each: bool = True,
+    log: RewriteLog | None = None,
+    timings: list[tuple[str, float]] | None = None,
+) -> tuple[Graph, ...]:
+    """Run passes on the graphs of one network for several batch sizes, in step, so that they keep one set of weights.
+
+    Otherwise as `run_pipeline`, with a folder to dump to for each graph.
+    """
+    graphs = share_constants(graphs)
+    dumps = [_Dump(folder, graph) for folder, graph in zip(dump_dirs, graphs, strict=True)]
     with recording(RewriteLog() if log is None else log):
         for number, step in enumerate(passes, 1):
             start = time.perf_counter()
-            graph = step.run(graph, target)
-            if verify_each:
+            graphs = share_constants(step.run_together(graphs, target))
+            for graph in graphs if verify_each else ():
                 verify(graph, str(step))
             if timings is not None:
                 timings.append((step.name, time.perf_counter() - start))
-            dump.write(number, step.name, graph)
-    return graph
+            for dump, graph in zip(dumps, graphs, strict=True):
+                dump.write(number, step.name, graph)
+    return graphs
+
+
+def share_constants(graphs: Sequence[Graph]) -> tuple[Graph, ...]:
+    """Give the graphs with equal numbers in memory once, whichever graph they are in; one graph stays as it is."""
+    known: dict[Literal, Literal] = {}
+
+    def share(node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
+        if not isinstance(node.op, Constant):
+            return rebuild(node, inputs)
+        first = known.setdefault(node.op.value, node.op.value)
+        return node.values if first is node.op.value else call(replace(node.op, value=first), loc=node.loc).node.values
+
+    return tuple(map_graph(graph, share) for graph in graphs) if len(graphs) > 1 else tuple(graphs)
 
 
 class _Dump:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,13 @@ class Pass:
     def run(self, graph: Graph, target: Target) -> Graph:
         """Give the transformed graph."""
         raise TypeError(f"{self.name} defines no run")
+
+    def run_together(self, graphs: Sequence[Graph], target: Target) -> tuple[Graph, ...]:
+        """Give the transformed graphs of one network for several batch sizes.
+
+        A pass that changes how weights lie in memory decides it once for all of them, so that they need one set.
+        """
+        return tuple(self.run(graph, target) for graph in graphs)
 
     def __str__(self) -> str:
         options = [

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from cnnc.backends.cpu.codegen import KernelJob, KernelObject, compile_kernels
 from cnnc.backends.cpu.identity import kernel_key, kernel_symbol
 from cnnc.backends.cpu.index_check import check_symbol, index_check, run_time_indices
 from cnnc.backends.cpu.templates import template
-from cnnc.backends.host.program import ALIGNMENT, KernelCall, Port, Program, Slot
+from cnnc.backends.host.program import ALIGNMENT, KernelCall, Port, Program, Slot, Variant
 from cnnc.backends.load_tvm import load_tvm
 from cnnc.errors import VerifyError
 from cnnc.ir.graph import Graph, Node, Value
@@ -28,15 +29,18 @@ from cnnc.target import Target
 
 SOURCES = ("input", "constant")
 
+Indices: TypeAlias = Sequence[tuple[Value, tuple[int, ...]]]
+"""Values that hold indices, each with the extents of the axes they point into."""
+
 
 @dataclass(frozen=True)
 class Build:
-    """A program with the graph it came from and the machine code of its kernels.
+    """A program with the graphs it came from, one for each batch size, and the machine code of its kernels.
 
     `compiled` and `cached` count where the kernels came from.
     """
 
-    graph: Graph
+    graphs: tuple[Graph, ...]
     program: Program
     objects: tuple[bytes, ...]
     compiled: int
@@ -44,43 +48,67 @@ class Build:
 
 
 def build(
-    graph: Graph,
-    plan: MemoryPlan,
+    graphs: Sequence[Graph],
+    plans: Sequence[MemoryPlan],
     target: Target,
     *,
+    batches: Sequence[int],
     kernel_cache: KernelCache,
     meta: dict[str, object],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Build:
-    """Compile a graph whose every computing node is a scheduled `Fused`.
+    """Compile the graphs of a network, one for each batch size, whose every computing node is a scheduled `Fused`.
 
-    Equal kernels (same body, types and schedule) are compiled once; kernels in the cache not at all.
+    Equal kernels (same body, types and schedule) are compiled once; kernels in the cache not at all.  Equal weights
+    are there once, and the arena is the largest that a graph needs.
     """
-    calls = [node for node in graph.nodes if isinstance(node.op, Fused)]
+    calls = [node for graph in graphs for node in fused_nodes(graph)]
     symbols = {node: kernel_symbol(fused_of(node), target) for node in calls}
     kernels, compiled = _kernel_objects({symbols[n]: fused_of(n) for n in calls}, target, kernel_cache, progress)
     weights = WeightBlock()
-    slots = _slots(graph, plan, weights)
     checks = {node: run_time_indices(node) for node in calls}
     guards = {check_symbol(v.type, e): index_check(v.type, e) for found in checks.values() for v, e in found}
+    code = {node: kernels[symbols[node]] for node in calls}
+    first, *others = (
+        _variant(batch, graph, _slots(graph, plan, weights), checks, code)
+        for batch, graph, plan in zip(batches, graphs, plans, strict=True)
+    )
     program = Program(
-        name=graph.name,
-        inputs=tuple(_port(name, v) for name, v in zip(graph.input_names, graph.inputs, strict=True)),
-        outputs=tuple(_port(name, v) for name, v in zip(graph.output_names, graph.outputs, strict=True)),
-        calls=tuple(
-            call
-            for node in calls
-            for call in (*_check_calls(node, checks[node], slots), _kernel_call(node, kernels[symbols[node]], slots))
-        ),
-        arena_bytes=plan.size,
+        name=graphs[0].name,
+        inputs=first.inputs,
+        outputs=first.outputs,
+        calls=first.calls,
+        arena_bytes=max(plan.size for plan in plans),
         scratch_bytes=max((k.scratch_bytes for k in kernels.values()), default=0),
         weights=weights.pieces(),
         cpu=target.llvm_cpu,
         features=target.features,
         meta=json.dumps(meta, sort_keys=True),
+        batch=first.batch,
+        others=tuple(others),
     )
     objects = tuple(kernel.code for _, kernel in sorted({**kernels, **guards}.items()))
-    return Build(graph, program, objects, compiled, len(kernels) - compiled)
+    return Build(tuple(graphs), program, objects, compiled, len(kernels) - compiled)
+
+
+def _variant(
+    batch: int,
+    graph: Graph,
+    slots: dict[Value, Slot],
+    checks: Mapping[Node, Indices],
+    code: Mapping[Node, KernelObject],
+) -> Variant:
+    """Fill in the ports and calls for one batch size."""
+    return Variant(
+        batch=batch,
+        inputs=tuple(_port(name, v) for name, v in zip(graph.input_names, graph.inputs, strict=True)),
+        outputs=tuple(_port(name, v) for name, v in zip(graph.output_names, graph.outputs, strict=True)),
+        calls=tuple(
+            call
+            for node in fused_nodes(graph)
+            for call in (*_check_calls(node, checks[node], slots), _kernel_call(node, code[node], slots))
+        ),
+    )
 
 
 def fused_of(node: Node) -> Fused:
@@ -175,9 +203,7 @@ def _slots(graph: Graph, plan: MemoryPlan, weights: WeightBlock) -> dict[Value, 
     return slots
 
 
-def _check_calls(
-    node: Node, indices: Sequence[tuple[Value, tuple[int, ...]]], slots: dict[Value, Slot]
-) -> list[KernelCall]:
+def _check_calls(node: Node, indices: Indices, slots: dict[Value, Slot]) -> list[KernelCall]:
     """Call the checks of a kernel's indices."""
     return [
         KernelCall(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from cnnc.backends.host.program import DTYPES, TABLE_SYMBOL, KernelCall, Port, Program, Slot
+from cnnc.backends.host.program import DTYPES, TABLE_SYMBOL, KernelCall, Port, Program, Slot, Variant
 
 TRIPLE = "x86_64-unknown-linux-gnu"
 
@@ -21,6 +21,7 @@ _PTR = ir.PointerType()
 _TENSOR = ir.LiteralStructType([_PTR, _I32, _I32, _PTR, _I64])
 _KERNEL = ir.LiteralStructType([_PTR, _PTR, _I32, _I32, _I64, _I64, _PTR, _PTR])
 _STEP = ir.LiteralStructType([_PTR, _I32])
+_VARIANT = ir.LiteralStructType([_PTR, _PTR, _PTR, _I32, _I32, _I32])
 _THUNK = ir.FunctionType(_I32, [_PTR, _PTR, _I32, _I32])
 # The fields of cnnc_rt_bases.
 _BASES = {"input": 0, "output": 1, "arena": 2, "weights": 3}
@@ -43,12 +44,27 @@ _EXPORTS: dict[str, tuple[str, ir.Type, list[ir.Type]]] = {
     "run": ("cnnc_rt_run", _I32, [_PTR, _PTR, _PTR]),
     "threads": ("cnnc_rt_threads", _I32, [_PTR]),
 }
-SUFFIXES = tuple(_EXPORTS)
+# What a binary for several batch sizes has besides.
+_BATCH_EXPORTS: dict[str, tuple[str, ir.Type, list[ir.Type]]] = {
+    "batch_at": ("cnnc_rt_batch_at", _I32, [_I32]),
+    "batch_count": ("cnnc_rt_batch_count", _I32, []),
+    "batch_input": ("cnnc_rt_batch_input", _PTR, [_I32, _I32]),
+    "batch_kernel": ("cnnc_rt_batch_kernel", _PTR, [_I32, _I32]),
+    "batch_kernel_count": ("cnnc_rt_batch_kernel_count", _I32, [_I32]),
+    "batch_kernel_ns": ("cnnc_rt_batch_kernel_ns", _I64, [_PTR, _I32, _I32, _PTR]),
+    "batch_output": ("cnnc_rt_batch_output", _PTR, [_I32, _I32]),
+    "run_batch": ("cnnc_rt_run_batch", _I32, [_PTR, _I32, _PTR, _PTR]),
+}
+SUFFIXES = (*_EXPORTS, *_BATCH_EXPORTS)
 
 
 def exported_symbols(program: Program) -> tuple[str, ...]:
     """Return the symbols a binary of this program shows to its users, sorted."""
-    return tuple(sorted([TABLE_SYMBOL, *(f"{program.prefix}_{suffix}" for suffix in SUFFIXES)]))
+    return tuple(sorted([TABLE_SYMBOL, *(f"{program.prefix}_{suffix}" for suffix in _exports(program))]))
+
+
+def _exports(program: Program) -> dict[str, tuple[str, ir.Type, list[ir.Type]]]:
+    return {**_EXPORTS, **_BATCH_EXPORTS} if program.others else _EXPORTS
 
 
 def driver_ir(program: Program) -> str:
@@ -81,7 +97,7 @@ class _Driver:
     def build(self) -> ir.Module:
         self.module.triple = TRIPLE
         self._describe()
-        for suffix, (target, result, parameters) in _EXPORTS.items():
+        for suffix, (target, result, parameters) in _exports(self.program).items():
             self._export(suffix, target, result, parameters)
         return self.module
 
@@ -151,9 +167,9 @@ class _Driver:
             rows.append(ir.Constant(_TENSOR, fields))
         return self._array(_TENSOR, rows, hint)
 
-    def _kernels(self) -> ir.Constant:
+    def _kernels(self, calls: Sequence[KernelCall]) -> ir.Constant:
         rows = []
-        for call in self.program.calls:
+        for call in calls:
             layers = self._array(_PTR, [self._text(layer) for layer in call.layers], "layers")
             fields = [
                 self._text(call.symbol),
@@ -168,8 +184,27 @@ class _Driver:
             rows.append(ir.Constant(_KERNEL, fields))
         return self._array(_KERNEL, rows, "kernels")
 
-    def _steps(self) -> ir.Constant:
-        rows = [ir.Constant(_STEP, [self._thunk(call), _I32(call.slices)]) for call in self.program.calls]
+    def _variants(self, variants: Sequence[Variant]) -> ir.Constant:
+        rows = []
+        first_step = 0
+        for variant in variants:
+            fields = [
+                self._ports(variant.inputs, "inputs"),
+                self._ports(variant.outputs, "outputs"),
+                self._kernels(variant.calls),
+                _I32(variant.batch),
+                _I32(len(variant.calls)),
+                _I32(first_step),
+            ]
+            rows.append(ir.Constant(_VARIANT, fields))
+            first_step += len(variant.calls) + 1
+        return self._array(_VARIANT, rows, "variants")
+
+    def _steps(self, variants: Sequence[Variant]) -> ir.Constant:
+        rows = []
+        for variant in variants:
+            rows += [ir.Constant(_STEP, [self._thunk(call), _I32(call.slices)]) for call in variant.calls]
+            rows.append(ir.Constant(_STEP, [ir.Constant(_PTR, None), _I32(1)]))
         return self._array(_STEP, rows, "steps")
 
     def _describe(self) -> None:
@@ -183,10 +218,8 @@ class _Driver:
             self._text(program.cpu),
             self._text(program.meta),
             self._array(_PTR, [self._text(feature) for feature in program.features], "features"),
-            self._ports(program.inputs, "inputs"),
-            self._ports(program.outputs, "outputs"),
-            self._kernels(),
-            self._steps(),
+            self._variants(program.variants),
+            self._steps(program.variants),
             weights,
             _I64(program.weight_bytes),
             _I64(program.arena_bytes),
@@ -194,7 +227,8 @@ class _Driver:
             _I32(len(program.features)),
             _I32(len(program.inputs)),
             _I32(len(program.outputs)),
-            _I32(len(program.calls)),
+            _I32(len(program.variants)),
+            _I32(sum(len(variant.calls) + 1 for variant in program.variants)),
         ]
         model = ir.GlobalVariable(
             self.module, ir.LiteralStructType([value.type for value in fields]), "cnnc_rt_the_model"

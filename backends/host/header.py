@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
-from cnnc.backends.host.program import DTYPES, Port, Program
+from cnnc.backends.host.program import ABI, DTYPES, Port, Program, Variant
 
 _TEMPLATE = """\
 /* {title}, compiled by cnnc.
@@ -24,10 +25,10 @@ _TEMPLATE = """\
 extern "C" {{
 #endif
 
-#define {p}_ABI_VERSION 1
+#define {p}_ABI_VERSION {abi}
 #define {p}_INPUT_COUNT {input_count}
 #define {p}_OUTPUT_COUNT {output_count}
-{sizes}
+{sizes}{batch_sizes}
 /* What the functions return; code / 100 is the class: 2 wrong call, 3 invalid data, 5 limit, 6 environment,
  * 7 self-check, 70 bug. */
 enum {p}_error {{
@@ -37,7 +38,7 @@ enum {p}_error {{
   {p}_ERROR_CONTEXT = 203,      /* destroyed, or not a context of this model */
   {p}_ERROR_BUSY = 204,         /* another thread is using the context */
   {p}_ERROR_OVERLAP = 205,      /* two outputs overlap */
-  {p}_ERROR_VALUE = 301,        /* an index or size computed at run time is out of range */
+{batch_error}  {p}_ERROR_VALUE = 301,        /* an index or size computed at run time is out of range */
   {p}_ERROR_TOO_MANY = 501,     /* 1024 contexts are alive */
   {p}_ERROR_MEMORY = 601,       /* not enough memory */
   {p}_ERROR_START_THREAD = 602, /* a thread cannot be started */
@@ -104,7 +105,7 @@ uint64_t {p}_kernel_ns({p}_context *context, int index, uint64_t *calls);
 /* Facts about the model and how it was compiled, as JSON. */
 const char *{p}_meta(void);
 
-/* The version of this interface: equal to {p}_ABI_VERSION if header and library fit. */
+{batch_functions}/* The version of this interface: equal to {p}_ABI_VERSION if header and library fit. */
 int {p}_abi_version(void);
 
 #ifdef __cplusplus
@@ -114,29 +115,68 @@ int {p}_abi_version(void);
 #endif
 """
 
+_BATCH_ERROR = "  {p}_ERROR_BATCH = 206,        /* the model was not compiled for this batch size */\n"
+
+_BATCH_FUNCTIONS = """\
+/* The batch sizes this was compiled for; 0 if there is no such index. */
+int {p}_batch_count(void);
+int {p}_batch_at(int index);
+
+/* Each is what its namesake without `batch`, which is for the first batch size, is for another; those that give
+ * something give null or 0 for a batch size that is not there.  A context runs any of them, in any order. */
+int {p}_run_batch({p}_context *context, int batch, const void *const *inputs, void *const *outputs);
+const {p}_tensor_info *{p}_batch_input(int batch, int index);
+const {p}_tensor_info *{p}_batch_output(int batch, int index);
+int {p}_batch_kernel_count(int batch);
+const {p}_kernel_info *{p}_batch_kernel(int batch, int index);
+uint64_t {p}_batch_kernel_ns({p}_context *context, int batch, int index, uint64_t *calls);
+
+"""
+
 
 def emit_header(program: Program) -> str:
     """Return the text of the header; names from the model appear in comments only, reduced to harmless characters."""
     prefix = program.prefix
-    ports = [f"input {i}: {_comment(port)}" for i, port in enumerate(program.inputs)]
-    ports += [f"output {i}: {_comment(port)}" for i, port in enumerate(program.outputs)]
-    sizes = [_size(prefix, "INPUT", i, port) for i, port in enumerate(program.inputs)]
-    sizes += [_size(prefix, "OUTPUT", i, port) for i, port in enumerate(program.outputs)]
+    several = program.variants if program.others else ()
+    ports = _port_lines(program.variants[0])
+    for variant in several[:1]:
+        ports[:0] = [f"for batch size {variant.batch}, the first of {', '.join(str(v.batch) for v in several)}"]
+    for variant in several[1:]:
+        ports += [f"for batch size {variant.batch}", *_port_lines(variant)]
     dtypes = [f"  {prefix}_{name.upper()} = {number}" for name, (number, _) in DTYPES.items()]
     return _TEMPLATE.format(
         p=prefix,
         title=_harmless(program.name),
         guard=f"CNNC_{prefix}_H",
+        abi=ABI,
         ports="\n".join(f" * {line}" for line in ports) or " * no inputs, no outputs",
         input_count=len(program.inputs),
         output_count=len(program.outputs),
-        sizes="\n".join(sizes) + "\n" if sizes else "",
+        sizes=_size_lines(prefix, program.variants[0]),
+        batch_sizes=_batch_size_lines(prefix, several),
+        batch_error=_BATCH_ERROR.format(p=prefix) if several else "",
+        batch_functions=_BATCH_FUNCTIONS.format(p=prefix) if several else "",
         dtypes=",\n".join(dtypes),
     )
 
 
-def _size(prefix: str, kind: str, index: int, port: Port) -> str:
-    return f"#define {prefix}_{kind}_{index}_BYTES {port.nbytes}"
+def _port_lines(variant: Variant) -> list[str]:
+    inputs = [f"input {i}: {_comment(port)}" for i, port in enumerate(variant.inputs)]
+    return inputs + [f"output {i}: {_comment(port)}" for i, port in enumerate(variant.outputs)]
+
+
+def _size_lines(prefix: str, variant: Variant) -> str:
+    lines = [f"#define {prefix}_INPUT_{i}_BYTES {port.nbytes}\n" for i, port in enumerate(variant.inputs)]
+    lines += [f"#define {prefix}_OUTPUT_{i}_BYTES {port.nbytes}\n" for i, port in enumerate(variant.outputs)]
+    return "".join(lines)
+
+
+def _batch_size_lines(prefix: str, variants: Sequence[Variant]) -> str:
+    """Write the sizes for each of several batch sizes."""
+    if not variants:
+        return ""
+    sizes = [_size_lines(f"{prefix}_BATCH_{variant.batch}", variant) for variant in variants]
+    return f"#define {prefix}_BATCH_COUNT {len(variants)}\n" + "".join(sizes)
 
 
 def _comment(port: Port) -> str:

@@ -18,14 +18,13 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from cnnc.backends.host.program import ALIGNMENT, DTYPES, TABLE_SYMBOL, Port
+from cnnc.backends.host.program import ABI, ALIGNMENT, DTYPES, TABLE_SYMBOL, Port
 from cnnc.backends.host.seal import check_binary
 from cnnc.errors import CheckFailed, CnncError, EnvironmentProblem, LimitError, ModelError, UsageError, VerifyError
 
 Array = npt.NDArray[Any]
 
 _MAGIC = 0x31306C646D636E63
-_ABI = 1
 _DTYPE_NAMES = {number: name for name, (number, _) in DTYPES.items()}
 _NUMPY: dict[str, np.dtype[Any]] = {
     "f32": np.dtype(np.float32),
@@ -97,6 +96,17 @@ class _Kernel(ctypes.Structure):
     )
 
 
+class _Variant(ctypes.Structure):
+    _fields_ = (
+        ("inputs", ctypes.POINTER(_Tensor)),
+        ("outputs", ctypes.POINTER(_Tensor)),
+        ("kernels", ctypes.POINTER(_Kernel)),
+        ("batch", ctypes.c_int32),
+        ("kernel_count", ctypes.c_int32),
+        ("first_step", ctypes.c_int32),
+    )
+
+
 class _Model(ctypes.Structure):
     _fields_ = (
         ("name", ctypes.c_char_p),
@@ -104,9 +114,7 @@ class _Model(ctypes.Structure):
         ("cpu", ctypes.c_char_p),
         ("meta", ctypes.c_char_p),
         ("features", ctypes.POINTER(ctypes.c_char_p)),
-        ("inputs", ctypes.POINTER(_Tensor)),
-        ("outputs", ctypes.POINTER(_Tensor)),
-        ("kernels", ctypes.POINTER(_Kernel)),
+        ("variants", ctypes.POINTER(_Variant)),
         ("steps", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
         ("weight_bytes", ctypes.c_uint64),
@@ -115,15 +123,18 @@ class _Model(ctypes.Structure):
         ("feature_count", ctypes.c_int32),
         ("input_count", ctypes.c_int32),
         ("output_count", ctypes.c_int32),
-        ("kernel_count", ctypes.c_int32),
+        ("variant_count", ctypes.c_int32),
+        ("step_count", ctypes.c_int32),
     )
 
 
 _Create = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_void_p))
-_Run = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+_RunBatch = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 _Destroy = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
 _Profile = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
-_KernelNs = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(ctypes.c_uint64))
+_BatchKernelNs = ctypes.CFUNCTYPE(
+    ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_uint64)
+)
 _Threads = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
 _ErrorText = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_int)
 
@@ -137,10 +148,10 @@ class Table(ctypes.Structure):
         ("table_bytes", ctypes.c_uint32),
         ("model", ctypes.POINTER(_Model)),
         ("create", _Create),
-        ("run", _Run),
+        ("run_batch", _RunBatch),
         ("destroy", _Destroy),
         ("profile", _Profile),
-        ("kernel_ns", _KernelNs),
+        ("batch_kernel_ns", _BatchKernelNs),
         ("threads", _Threads),
         ("error_text", _ErrorText),
     )
@@ -174,26 +185,31 @@ class Context:
         """The number of threads a run uses, the caller among them."""
         return int(self._table.threads(self._handle))
 
-    def run(self, inputs: Sequence[Array]) -> list[Array]:
+    def run(self, inputs: Sequence[Array], batch: int | None = None) -> list[Array]:
         """Compute the outputs; an input that is C-contiguous and aligned to 64 bytes is read in place.
 
-        Raises UsageError when the number, a dtype or a shape differs from the ports: nothing is converted silently.
+        The inputs' shapes choose the batch size, unless it is given.  Raises UsageError when the number, a dtype or a
+        shape differs from the ports: nothing is converted silently.
         """
-        arrays = self._checked(inputs)
-        outputs = [aligned_empty(port.shape, port.dtype) for port in self.model.outputs]
-        self._check(self._table.run(self._handle, _pointers(arrays), _pointers(outputs)))
+        variant, arrays = self.model.accept(inputs, batch)
+        outputs = [aligned_empty(port.shape, port.dtype) for port in variant.outputs]
+        self._check(self._table.run_batch(self._handle, variant.batch, _pointers(arrays), _pointers(outputs)))
         return outputs
 
     def profile(self, on: bool) -> None:
         """Switch the clocks of the kernels on (from zero) or off."""
         self._check(self._table.profile(self._handle, int(on)))
 
-    def kernel_times(self) -> list[KernelTime]:
-        """Return time and calls of each kernel since profiling was switched on, in the order of `model.kernels`."""
+    def kernel_times(self, variant: LoadedVariant | None = None) -> list[KernelTime]:
+        """Return time and calls of each kernel since profiling was switched on.
+
+        In the order of the kernels of a variant, by default the first.
+        """
+        variant = variant or self.model.variants[0]
         calls = ctypes.c_uint64()
         times = []
-        for index in range(len(self.model.kernels)):
-            ns = int(self._table.kernel_ns(self._handle, index, ctypes.byref(calls)))
+        for index in range(len(variant.kernels)):
+            ns = int(self._table.batch_kernel_ns(self._handle, variant.batch, index, ctypes.byref(calls)))
             times.append(KernelTime(ns, calls.value))
         return times
 
@@ -206,22 +222,6 @@ class Context:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _checked(self, inputs: Sequence[Array]) -> list[Array]:
-        ports = self.model.inputs
-        if len(inputs) != len(ports):
-            raise UsageError(f"{self.model.name}: takes {len(ports)} inputs, got {len(inputs)}")
-        arrays = []
-        for port, given in zip(ports, inputs, strict=True):
-            array = np.asarray(given)
-            if array.dtype != _NUMPY[port.dtype] or array.shape != port.shape:
-                raise UsageError(
-                    f"{self.model.name}: input {port.name!r} is {port.dtype}{list(port.shape)}, "
-                    f"got {array.dtype}{list(array.shape)}"
-                )
-            # ascontiguousarray would make a scalar a vector.
-            arrays.append(array if array.flags.c_contiguous else array.copy(order="C"))
-        return arrays
 
     def _check(self, code: int) -> None:
         if code != 0:
@@ -237,14 +237,25 @@ def _pointers(arrays: Sequence[Array]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
 
 
+@dataclass(frozen=True)
+class LoadedVariant:
+    """A compiled model for one batch size, which is 0 where none was asked for."""
+
+    batch: int
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    kernels: tuple[KernelInfo, ...]
+
+
 class LoadedModel:
-    """A compiled model in memory; `create` makes contexts, from any thread and as many as wanted."""
+    """A compiled model in memory; `create` makes contexts, from any thread and as many as wanted.
+
+    `inputs`, `outputs` and `kernels` are those of the first of the variants.
+    """
 
     def __init__(self, table: Table) -> None:
-        if table.magic != _MAGIC or table.abi != _ABI or table.table_bytes < ctypes.sizeof(Table):
-            raise CheckFailed(
-                f"made by another version of cnnc (interface {table.abi}, this is {_ABI}); build it again"
-            )
+        if table.magic != _MAGIC or table.abi != ABI or table.table_bytes < ctypes.sizeof(Table):
+            raise CheckFailed(f"made by another version of cnnc (interface {table.abi}, this is {ABI}); build it again")
         self.table = table
         model = table.model.contents
         self.name = _text(model.name)
@@ -252,9 +263,10 @@ class LoadedModel:
         self.cpu = _text(model.cpu)
         self.meta = _text(model.meta)
         self.features = tuple(_text(model.features[i]) for i in range(model.feature_count))
-        self.inputs = tuple(_port(model.inputs[i]) for i in range(model.input_count))
-        self.outputs = tuple(_port(model.outputs[i]) for i in range(model.output_count))
-        self.kernels = tuple(_kernel(model.kernels[i]) for i in range(model.kernel_count))
+        self.variants = tuple(_variant(model, model.variants[i]) for i in range(model.variant_count))
+        first = self.variants[0]
+        self.inputs, self.outputs, self.kernels = first.inputs, first.outputs, first.kernels
+        self._by_shapes = {tuple(port.shape for port in v.inputs): v for v in self.variants}
         self.weight_bytes = int(model.weight_bytes)
         self.arena_bytes = int(model.arena_bytes)
         self.scratch_bytes = int(model.scratch_bytes)
@@ -265,6 +277,50 @@ class LoadedModel:
         Raises CheckFailed when this CPU lacks a feature the kernels need.
         """
         return Context(self, threads)
+
+    def accept(self, inputs: Sequence[Array], batch: int | None = None) -> tuple[LoadedVariant, list[Array]]:
+        """Give the variant whose shapes the inputs have, or that for a batch size, and the inputs contiguous.
+
+        Raises UsageError if the inputs do not fit.
+        """
+        arrays = [np.asarray(given) for given in inputs]
+        if len(arrays) != len(self.inputs):
+            raise UsageError(f"{self.name}: takes {len(self.inputs)} inputs, got {len(arrays)}")
+        if batch is None:
+            variant = self._by_shapes.get(tuple(array.shape for array in arrays)) or self._nearest(arrays)
+        else:
+            variant = next(v for v in self.variants if v.batch == batch)
+        for port, array in zip(variant.inputs, arrays, strict=True):
+            if array.dtype != _NUMPY[port.dtype] or array.shape != port.shape:
+                raise UsageError(
+                    f"{self.name}: input {port.name!r} is {port.dtype}{list(port.shape)}, "
+                    f"got {array.dtype}{list(array.shape)}"
+                )
+        # ascontiguousarray would make a scalar a vector.
+        return variant, [array if array.flags.c_contiguous else array.copy(order="C") for array in arrays]
+
+    def _nearest(self, arrays: Sequence[Array]) -> LoadedVariant:
+        """Give the variant to tell what is wrong with inputs that fit none; raises UsageError if the batch size is."""
+        first = self.variants[0]
+        ranks = zip(arrays, first.inputs, strict=True)
+        if len(self.variants) == 1 or any(array.ndim != len(port.shape) for array, port in ranks):
+            return first
+        leading = [[port.shape[:1] for port in variant.inputs] for variant in self.variants]
+        batched = [i for i in range(len(arrays)) if any(sizes[i] != leading[0][i] for sizes in leading)]
+        for variant, sizes in zip(self.variants, leading, strict=True):
+            if all(arrays[i].shape[:1] == sizes[i] for i in batched):
+                return variant
+        asked = sorted({arrays[i].shape[0] for i in batched})
+        raise UsageError(f"{self.name}: {batch_refusal(asked, [v.batch for v in self.variants])}")
+
+
+def batch_refusal(asked: Sequence[int], compiled: Sequence[int]) -> str:
+    """Say that a binary has no such batch size, which it has, and the cure."""
+    there = ", ".join(map(str, compiled))
+    if len(asked) > 1:
+        return f"the inputs are of the batch sizes {', '.join(map(str, asked))}; give all the same, one of {there}"
+    more = ",".join(map(str, sorted({*asked, *compiled})))
+    return f"not compiled for batch size {asked[0]}, only for {there}; compile the model with --batch {more}"
 
 
 class SharedModel(LoadedModel):
@@ -323,6 +379,15 @@ def _text(data: bytes) -> str:
 def _port(tensor: _Tensor) -> Port:
     shape = tuple(int(tensor.dims[axis]) for axis in range(tensor.rank))
     return Port(_text(tensor.name), _DTYPE_NAMES[tensor.dtype], shape)
+
+
+def _variant(model: _Model, variant: _Variant) -> LoadedVariant:
+    return LoadedVariant(
+        batch=int(variant.batch),
+        inputs=tuple(_port(variant.inputs[i]) for i in range(model.input_count)),
+        outputs=tuple(_port(variant.outputs[i]) for i in range(model.output_count)),
+        kernels=tuple(_kernel(variant.kernels[i]) for i in range(variant.kernel_count)),
+    )
 
 
 def _kernel(kernel: _Kernel) -> KernelInfo:

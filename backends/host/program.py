@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from cnnc.errors import LimitError, VerifyError
@@ -30,6 +31,8 @@ DTYPES: dict[str, tuple[int, int]] = {
     "u64": (13, 8),
 }
 ALIGNMENT = 64
+ABI = 2
+"""The version of the interface between header, binary and loader: `CNNC_RT_ABI` of the runtime."""
 TABLE_SYMBOL = "cnnc_model_v1"
 """The one symbol that every binary has, so that a loader need not know its prefix."""
 # What the small code model reaches, and how much of it weights may take; the rest is for code and tables.
@@ -110,11 +113,22 @@ class KernelCall:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """A model for one batch size: its ports, and the kernel calls in order."""
+
+    batch: int
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    calls: tuple[KernelCall, ...]
+
+
+@dataclass(frozen=True)
 class Program:
     """A whole model as the host driver runs it: kernels in order over one arena and one block of weights.
 
     The weights are pieces of memory that follow each other without a gap; `features` are the CPU features the
-    kernels need, of CPU_FEATURES; `meta` is JSON that travels in the binary.
+    kernels need, of CPU_FEATURES; `meta` is JSON that travels in the binary.  `batch` is 0 where no batch size was
+    asked for; `others` is the model for further ones, over the same arena and weights.
     """
 
     name: str
@@ -127,6 +141,8 @@ class Program:
     cpu: str = "x86-64"
     features: tuple[str, ...] = ()
     meta: str = "{}"
+    batch: int = 0
+    others: tuple[Variant, ...] = ()
 
     def __post_init__(self) -> None:
         check_program(self)
@@ -135,6 +151,11 @@ class Program:
     def prefix(self) -> str:
         """The C identifier all public functions of this model begin with."""
         return c_prefix(self.name)
+
+    @cached_property
+    def variants(self) -> tuple[Variant, ...]:
+        """The model for each batch size, in the order asked for."""
+        return (Variant(self.batch, self.inputs, self.outputs, self.calls), *self.others)
 
     @property
     def weight_bytes(self) -> int:
@@ -169,10 +190,22 @@ def check_program(program: Program) -> None:
     unknown = sorted(set(program.features) - CPU_FEATURES)
     if unknown:
         raise VerifyError(f"{program.name}: the runtime cannot check for the CPU features {unknown}")
-    for port in (*program.inputs, *program.outputs):
-        _check_port(program, port)
     arguments: dict[str, int] = {}
-    for index, call in enumerate(program.calls):
+    for variant in program.variants:
+        _check_variant(program, variant, arguments)
+    batches = [variant.batch for variant in program.variants]
+    if len(set(batches)) < len(batches) or min(batches) < (1 if program.others else 0):
+        raise VerifyError(f"{program.name}: batch sizes {batches}, wanted are different ones of at least 1")
+
+
+def _check_variant(program: Program, variant: Variant, arguments: dict[str, int]) -> None:
+    """Check the model for one batch size; `arguments` counts those of each symbol."""
+    for ports, first in ((variant.inputs, program.inputs), (variant.outputs, program.outputs)):
+        if [(port.name, port.dtype) for port in ports] != [(port.name, port.dtype) for port in first]:
+            raise VerifyError(f"{program.name}: other ports for batch size {variant.batch} than for {program.batch}")
+    for port in (*variant.inputs, *variant.outputs):
+        _check_port(program, port)
+    for index, call in enumerate(variant.calls):
         where = f"{program.name}: kernel {index} ({call.symbol!r})"
         if not _SYMBOL.match(call.symbol) or call.symbol.startswith("cnnc_rt_"):
             raise VerifyError(f"{where}: not a symbol a kernel may have")

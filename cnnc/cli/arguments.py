@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,25 @@ class Opened:
     seconds: float
 
 
+class BatchSizes(click.ParamType):  # type: ignore[type-arg]  # click makes it generic from 8.5 on
+    """A batch size, or several with commas between."""
+
+    name = "N[,N...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | tuple[int, ...]:
+        """Read `8` as a number, `1,8,32` as a tuple."""
+        if isinstance(value, int | tuple):
+            return value
+        if not re.fullmatch(r"-?\d{1,10}(,-?\d{1,10})*", value, re.ASCII):
+            self.fail(f"{value!r} cannot be read; write one batch size or several, as 8 or 1,8,32", param, ctx)
+        sizes = tuple(map(int, value.split(",")))
+        if min(sizes) < 1 or max(sizes) >= 2**31:
+            self.fail(f"{value!r}: a batch size is 1 or more", param, ctx)
+        if len(set(sizes)) < len(sizes):
+            self.fail(f"{value!r} names a batch size twice", param, ctx)
+        return sizes[0] if len(sizes) == 1 else sizes
+
+
 def compile_options(function: F) -> F:
     """Add the options of a compile; they arrive as keyword arguments that `options_of` turns into `Options`."""
     added = [
@@ -44,7 +64,7 @@ def model_options(function: F) -> F:
     added = [
         click.option("--target", default="cpu", show_default=True, help="cpu, or cpu:NAME such as cpu:x86-64-v3."),
         click.option("--shape", "shapes", multiple=True, metavar="x=1x3x224x224", help="Fix an input's shape."),
-        click.option("--batch", type=click.IntRange(min=1), help="Fix the batch size where the model leaves it open."),
+        click.option("--batch", type=BatchSizes(), help="Fix the batch size; several make one binary for any of them."),
         click.option(
             *("-O", "level"),
             type=click.Choice([*map(str, LEVELS), "s"]),
@@ -86,10 +106,15 @@ def options_of(arguments: dict[str, Any]) -> Options:
 
 
 def open_model(model: str, arguments: dict[str, Any], name: str | None = None) -> Opened:
-    """Load a binary, or compile a model (under another name, if one is given) with progress on stderr."""
+    """Load a binary, or compile a model (under another name, if one is given) with progress on stderr.
+
+    Of a binary `--batch` chooses a batch size.
+    """
     start = time.perf_counter()
     if model.endswith(".so"):
         module = load(model, threads=arguments.get("threads", 1))
+        if arguments["batch"] is not None:
+            module = module.with_batch(one_batch(arguments))
         return Opened(module, None, time.perf_counter() - start)
     report = Report()
     options = options_of(arguments)
@@ -112,6 +137,14 @@ def open_model(model: str, arguments: dict[str, Any], name: str | None = None) -
             progress=phases,
         )
     return Opened(module, report, time.perf_counter() - start)
+
+
+def one_batch(arguments: dict[str, Any]) -> int:
+    """Give the batch size of `--batch`; raises `UsageError` for several."""
+    batch = arguments["batch"]
+    if not isinstance(batch, int):
+        raise UsageError(f"--batch {','.join(map(str, batch))}: name one of the batch sizes")
+    return batch
 
 
 def _records_of(arguments: dict[str, Any]) -> Path | bool:

@@ -91,7 +91,8 @@ def command(
 ) -> int:
     """Measure each MODEL (net.so, net.onnx, file.py:network), alone or against other engines.
 
-    Every engine runs in a process of its own, held to as many CPUs as threads, and only while it is its turn.
+    Every engine runs in a process of its own, held to as many CPUs as threads, and only while it is its turn.  --batch
+    chooses a batch size, of a binary one of its own, else the first is measured.
     """
     subjects = _subjects(models, onnx_files, torch_files)
     engines = _engines(against, subjects)
@@ -133,6 +134,9 @@ class _Bench:
             for threads in counts:
                 arguments = {**self.arguments, "threads": threads}
                 module = open_model(subject.model, arguments).module
+                if len(module.batches) > 1:
+                    module = module.with_batch(module.batches[0])
+                    arguments["batch"] = module.batches[0]
                 feeds = read_inputs(module.inputs, arguments)
                 if self.reference == "float64" and wanted is None:
                     wanted = subject.exact_outputs(feeds, arguments)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from cnnc.artifact import check_output
-from cnnc.cli.arguments import compile_options, open_model
+from cnnc.cli.arguments import compile_options, open_model, options_of
 from cnnc.cli.report import print_json, print_table, seconds_text
 from cnnc.driver import Report
 from cnnc.errors import UsageError
@@ -30,7 +30,7 @@ def command(
     """Compile MODEL (net.onnx, file.py:network or net.ir) to a binary without any dependency."""
     start = time.perf_counter()
     kinds = emit.split(",")
-    check_output(output, kinds)
+    check_output(output, kinds, len(options_of(arguments).batches))
     if model.endswith(".so"):
         raise UsageError(f"{model} is compiled already")
     opened = open_model(model, arguments, name=output.stem)
@@ -55,6 +55,7 @@ def _content(report: Report, files: list[Path], seconds: float) -> dict[str, Any
         "files": {str(file): file.stat().st_size for file in files},
         "phases": report.phases,
         "passes": [{"pass": name, "seconds": taken} for name, taken in report.passes],
+        "batches": report.batches,
         "kernels": report.kernels,
         "kernels_compiled": report.kernels_compiled,
         "arena_bytes": report.arena_bytes,
@@ -66,6 +67,8 @@ def _content(report: Report, files: list[Path], seconds: float) -> dict[str, Any
 def _print_summary(report: Report, files: list[Path]) -> None:
     phases = ", ".join(f"{name} {seconds_text(seconds)}" for name, seconds in report.phases.items())
     click.echo(f"phases   {phases}")
+    if report.batches:
+        click.echo(f"batch    {', '.join(map(str, report.batches))}")
     click.echo(f"kernels  {report.kernels}, {report.kernels_compiled} of them compiled, the rest from the cache")
     click.echo(f"memory   {format_bytes(report.arena_bytes)} arena, {format_bytes(report.weight_bytes)} weights")
     for file in files:

@@ -14,6 +14,7 @@ from cnnc.ir.types import DType, format_shape
 
 if TYPE_CHECKING:
     from cnnc.backends.host.program import Port
+    from cnnc.module import Module
 
 F = TypeVar("F", bound=Callable[..., Any])
 _GENERATORS = ("random", "zeros", "ones")
@@ -41,6 +42,13 @@ def read_inputs(ports: Sequence[Port], arguments: dict[str, Any]) -> dict[str, n
         raise UsageError(f"there is no input {unknown[0]!r}; the network takes {names}")
     rng = np.random.default_rng(arguments["seed"])
     return {port.name: _read(port, given.get(port.name, "random"), rng, arguments) for port in ports}
+
+
+def read_feeds(module: Module, arguments: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Read or make the inputs of a module; a picture is a batch of one, where it runs that batch size."""
+    files = [Path(what) for _, at, what in (text.partition("@") for text in arguments["inputs"]) if at]
+    pictures = any(file.suffix != ".npy" for file in files)
+    return read_inputs((module.with_batch(1) if pictures and 1 in module.batches else module).inputs, arguments)
 
 
 def _split(text: str, ports: Sequence[Port]) -> tuple[str, str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from cnnc.cli.arguments import compile_options, options_of
+from cnnc.cli.arguments import compile_options, one_batch, options_of
 from cnnc.cli.report import print_json, print_table
 from cnnc.driver import load_graph
 from cnnc.ir.graph import Graph
@@ -23,9 +24,14 @@ from cnnc.options import format_bytes
 )
 @compile_options
 def command(model: str, form: str, **arguments: Any) -> None:
-    """Show the layers, shapes, parameters and multiply-adds of MODEL, or the kernels of a binary."""
+    """Show the layers, shapes, parameters and multiply-adds of MODEL, or the kernels of a binary.
+
+    --batch chooses one of a binary's batch sizes, else it is the first.
+    """
     if model.endswith(".so"):
-        _show_binary(load(model), model, form)
+        module = load(model)
+        shown = module if arguments["batch"] is None else module.with_batch(one_batch(arguments))
+        _show_binary(shown, module.batches, model, form)
         return
     graph = load_graph(model, options_of(arguments))
     if form == "text":
@@ -79,7 +85,7 @@ def _print_graph(graph: Graph) -> None:
     click.echo(f"{described['parameters']:,} parameters, {described['flops'] / 2e9:.3f} G multiply-adds")
 
 
-def _show_binary(module: Module, path: str, form: str) -> None:
+def _show_binary(module: Module, batches: Sequence[int], path: str, form: str) -> None:
     ports = {
         kind: {p.name: f"{p.dtype}{list(p.shape)}" for p in values}
         for kind, values in (("inputs", module.inputs), ("outputs", module.outputs))
@@ -89,7 +95,7 @@ def _show_binary(module: Module, path: str, form: str) -> None:
         for k in module.kernels
     ]
     if form == "json":
-        print_json("inspect", {"binary": path, "meta": module.meta, **ports, "kernels": kernels})
+        print_json("inspect", {"binary": path, "batches": batches, "meta": module.meta, **ports, "kernels": kernels})
         return
     rows = [
         (i, k["schedule"], f"{k['flops']:,}", format_bytes(k["bytes"]), ", ".join(k["layers"]))
@@ -100,5 +106,7 @@ def _show_binary(module: Module, path: str, form: str) -> None:
     for kind, values in ports.items():
         for name, text in values.items():
             click.echo(f"{kind[:-1]:7} {name} : {text}")
+    if len(batches) > 1:
+        click.echo(f"batch   {module.batches[0]} of {', '.join(map(str, batches))}")
     for key, value in module.meta.items():
         click.echo(f"{key:7} {value}")

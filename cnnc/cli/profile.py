@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from cnnc.cli.arguments import compile_options, open_model, threads_option
-from cnnc.cli.inputs import input_options, read_inputs
+from cnnc.cli.inputs import input_options, read_feeds
 from cnnc.cli.report import print_json, print_table, seconds_text
 from cnnc.module import KernelTiming, Module
 from cnnc.profiler.roofline import Roofline, machine_roofline
@@ -27,9 +27,12 @@ _SHOWN_LAYERS = 4
 @compile_options
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(model: str, repeats: int, sort: str, as_json: bool, **arguments: Any) -> None:
-    """Profile the kernels of MODEL (net.so, net.onnx, file.py:network)."""
+    """Profile the kernels of MODEL (net.so, net.onnx, file.py:network).
+
+    --batch chooses one of a binary's batch sizes, else it is the first.
+    """
     module = open_model(model, arguments).module
-    feeds = read_inputs(module.inputs, arguments)
+    feeds = read_feeds(module, arguments)
     times = module.profile(feeds, repeats)
     wall = _wall_nanoseconds(module, feeds, repeats)
     roofline = machine_roofline()
@@ -41,6 +44,8 @@ def command(model: str, repeats: int, sort: str, as_json: bool, **arguments: Any
             "profile", {"model": model, "wall_nanoseconds": wall, "roofline": asdict(roofline), "kernels": kernels}
         )
         return
+    if len(module.batches) > 1:
+        click.echo(f"batch size {module.batch_of(feeds)} of {', '.join(map(str, module.batches))}")
     _print(times, wall, roofline, module.threads)
 
 

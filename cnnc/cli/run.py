@@ -9,7 +9,7 @@ import click
 import numpy as np
 
 from cnnc.cli.arguments import compile_options, open_model, threads_option
-from cnnc.cli.inputs import input_options, read_inputs
+from cnnc.cli.inputs import input_options, read_feeds
 from cnnc.cli.report import print_json
 from cnnc.errors import UsageError
 from cnnc.module import Module
@@ -37,7 +37,7 @@ def command(
 ) -> int:
     """Run MODEL (net.so, net.onnx, file.py:network) once and print its outputs."""
     module = open_model(model, arguments).module
-    outputs = module.run(read_inputs(module.inputs, arguments))
+    outputs = module.run(read_feeds(module, arguments))
     for text in saves:
         name, path = _named_file(text, module)
         _save(outputs[name], path)

@@ -56,6 +56,8 @@ def command(
     from cnnc.backends.records import user_file
     from cnnc.profiler.tune import tunable_kernels, without_record
 
+    if isinstance(arguments["batch"], tuple):
+        raise UsageError("a search is for one batch size; tune each by itself, the records are kept side by side")
     deadline = time.monotonic() + _parse_time(limit)
     path = user_file() if file is None else file
     untuned = open_model(model, {**arguments, "no_records": True}).module

@@ -27,24 +27,39 @@ from cnnc.profiler.engines import Runner, onnxruntime_runner
 @compile_options
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(model: str, binary: str | None, against: str, tolerance: float, as_json: bool, **arguments: Any) -> int:
-    """Compare MODEL compiled (or BINARY made of it) with references; exit 1 if an output differs."""
+    """Compare MODEL compiled (or BINARY made of it) with references; exit 1 if an output differs.
+
+    Every batch size is compared, or that which --batch chooses.
+    """
     module = open_model(binary or model, arguments).module
-    feeds = read_inputs(module.inputs, arguments)
-    got = module.run(feeds)
     rows = []
-    for name in against.split(","):
-        wanted = _reference(name, model, arguments)(feeds)
-        rows += [(name, output, relative_error(got[output], wanted[output])) for output in got]
-    passed = all(error <= tolerance for _, _, error in rows)
+    for batch in module.batches or (None,):
+        feeds = read_inputs((module if batch is None else module.with_batch(batch)).inputs, arguments)
+        got = module.run(feeds)
+        for name in against.split(","):
+            wanted = _reference(name, model, {**arguments, "batch": batch or arguments["batch"]})(feeds)
+            rows += [(batch, name, output, relative_error(got[output], wanted[output])) for output in got]
+    passed = all(error <= tolerance for *_, error in rows)
     if as_json:
-        results = [{"against": name, "output": output, "relative_l2": error} for name, output, error in rows]
+        names = ("batch", "against", "output", "relative_l2")
+        results = [dict(zip(names, row, strict=True)) for row in rows]
         print_json("verify", {"model": model, "tolerance": tolerance, "passed": passed, "results": results})
     else:
-        table = [(*pair, f"{error:.2e}", "agrees" if error <= tolerance else "DIFFERS") for *pair, error in rows]
-        columns = [("against", "left"), ("output", "left"), ("relative L2 error", "right"), ("verdict", "left")]
-        print_table(f"{model}, tolerance {tolerance:.0e}", columns, table)
+        _print(model, tolerance, rows)
         click.echo("PASSED" if passed else "FAILED")
     return int(not passed)
+
+
+def _print(model: str, tolerance: float, rows: list[tuple[int | None, str, str, float]]) -> None:
+    columns = [("batch", "right"), ("against", "left"), ("output", "left")]
+    columns += [("relative L2 error", "right"), ("verdict", "left")]
+    table = [
+        (batch or "", *names, f"{error:.2e}", "agrees" if error <= tolerance else "DIFFERS")
+        for batch, *names, error in rows
+    ]
+    if not any(batch for batch, *_ in rows):
+        columns, table = columns[1:], [row[1:] for row in table]
+    print_table(f"{model}, tolerance {tolerance:.0e}", columns, table)
 
 
 def _reference(name: str, model: str, arguments: dict[str, Any]) -> Runner:

@@ -101,14 +101,15 @@ class Step:
 def tunable_kernels(build: Build, timings: Sequence[KernelTiming], target: Target) -> list[TunableKernel]:
     """List the distinct kernels of a network that have more than one schedule, those that take longest first.
 
-    `timings` are those of the network's calls, in order.
+    The network is compiled for one batch size; `timings` are those of its calls, in order.
     """
     measured = [timing for timing in timings if timing.algorithm != CHECK]
     groups: dict[str, list[tuple[Node, KernelTiming]]] = {}
-    for node, timing in zip(fused_nodes(build.graph), measured, strict=True):
+    (graph,) = build.graphs
+    for node, timing in zip(fused_nodes(graph), measured, strict=True):
         groups.setdefault(record_key(fused_of(node), target), []).append((node, timing))
     whole = sum(timing.nanoseconds for timing in timings)
-    position = {value: number for number, node in enumerate(build.graph.nodes) for value in node.values}
+    position = {value: number for number, node in enumerate(graph.nodes) for value in node.values}
     traffic = min(build.program.weight_bytes + build.program.arena_bytes, FAR_BYTES * target.caches.l3)
     found = []
     for group in groups.values():

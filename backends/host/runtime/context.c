@@ -22,9 +22,9 @@ struct cnnc_rt_context {
   size_t mapping_bytes;
   const void **inputs;
   void **outputs;
-  void **input_copies; /* aligned memory, made when a misaligned pointer first comes */
+  void **input_copies; /* aligned memory for any batch size, made when a misaligned pointer first comes */
   void **output_copies;
-  cnnc_rt_counter *counters;
+  cnnc_rt_counter *counters; /* one for each step */
 };
 
 /* All live contexts.  A stale or foreign pointer is looked up here and never followed; `busy` guards the entry, so that
@@ -124,7 +124,7 @@ static int fill(cnnc_rt_context *context) {
   context->outputs = calloc((size_t)model->output_count + 1, sizeof *context->outputs);
   context->input_copies = calloc((size_t)model->input_count + 1, sizeof *context->input_copies);
   context->output_copies = calloc((size_t)model->output_count + 1, sizeof *context->output_copies);
-  context->counters = calloc((size_t)model->kernel_count + 1, sizeof *context->counters);
+  context->counters = calloc((size_t)model->step_count, sizeof *context->counters);
   if (!context->inputs || !context->outputs || !context->input_copies || !context->output_copies ||
       !context->counters) {
     return CNNC_RT_ERROR_MEMORY;
@@ -185,24 +185,29 @@ static bool overlap(const void *a, uint64_t a_bytes, const void *b, uint64_t b_b
 
 static bool misaligned(const void *pointer) { return (uintptr_t)pointer % CNNC_RT_ALIGNMENT != 0; }
 
-static int make_copy(void **copy, uint64_t bytes) {
+static int make_copy(void **copy, bool input, int index) {
   if (*copy == NULL) {
+    uint64_t bytes = 0;
+    for (int i = 0; i < cnnc_rt_the_model.variant_count; i++) {
+      const cnnc_rt_variant *variant = &cnnc_rt_the_model.variants[i];
+      const cnnc_rt_tensor *port = input ? &variant->inputs[index] : &variant->outputs[index];
+      bytes = port->bytes > bytes ? port->bytes : bytes;
+    }
     *copy = aligned_alloc(CNNC_RT_ALIGNMENT, round_up((size_t)bytes + 1, CNNC_RT_ALIGNMENT));
   }
   return *copy == NULL ? CNNC_RT_ERROR_MEMORY : CNNC_RT_OK;
 }
 
 /* Kernels get aligned pointers and outputs that overlap nothing; what does not fit goes through aligned copies. */
-static int bind_inputs(cnnc_rt_context *context, const void *const *inputs) {
-  const cnnc_rt_model *model = &cnnc_rt_the_model;
-  for (int i = 0; i < model->input_count; i++) {
-    uint64_t bytes = model->inputs[i].bytes;
+static int bind_inputs(cnnc_rt_context *context, const cnnc_rt_variant *variant, const void *const *inputs) {
+  for (int i = 0; i < cnnc_rt_the_model.input_count; i++) {
+    uint64_t bytes = variant->inputs[i].bytes;
     if (inputs[i] == NULL && bytes != 0) {
       return CNNC_RT_ERROR_NULL;
     }
     context->inputs[i] = inputs[i];
     if (bytes == 0 || misaligned(inputs[i])) {
-      int code = make_copy(&context->input_copies[i], bytes);
+      int code = make_copy(&context->input_copies[i], true, i);
       if (code != CNNC_RT_OK) {
         return code;
       }
@@ -212,25 +217,25 @@ static int bind_inputs(cnnc_rt_context *context, const void *const *inputs) {
   return CNNC_RT_OK;
 }
 
-static int bind_outputs(cnnc_rt_context *context, const void *const *inputs, void *const *outputs) {
-  const cnnc_rt_model *model = &cnnc_rt_the_model;
-  for (int i = 0; i < model->output_count; i++) {
-    uint64_t bytes = model->outputs[i].bytes;
+static int bind_outputs(cnnc_rt_context *context, const cnnc_rt_variant *variant, const void *const *inputs,
+                        void *const *outputs) {
+  for (int i = 0; i < cnnc_rt_the_model.output_count; i++) {
+    uint64_t bytes = variant->outputs[i].bytes;
     if (outputs[i] == NULL && bytes != 0) {
       return CNNC_RT_ERROR_NULL;
     }
     for (int j = 0; j < i; j++) {
-      if (overlap(outputs[i], bytes, outputs[j], model->outputs[j].bytes)) {
+      if (overlap(outputs[i], bytes, outputs[j], variant->outputs[j].bytes)) {
         return CNNC_RT_ERROR_OVERLAP;
       }
     }
     bool copied = bytes == 0 || misaligned(outputs[i]);
-    for (int j = 0; j < model->input_count; j++) {
-      copied = copied || overlap(outputs[i], bytes, inputs[j], model->inputs[j].bytes);
+    for (int j = 0; j < cnnc_rt_the_model.input_count; j++) {
+      copied = copied || overlap(outputs[i], bytes, inputs[j], variant->inputs[j].bytes);
     }
     context->outputs[i] = outputs[i];
     if (copied) {
-      int code = make_copy(&context->output_copies[i], bytes);
+      int code = make_copy(&context->output_copies[i], false, i);
       if (code != CNNC_RT_OK) {
         return code;
       }
@@ -240,11 +245,12 @@ static int bind_outputs(cnnc_rt_context *context, const void *const *inputs, voi
   return CNNC_RT_OK;
 }
 
-static int run_bound(cnnc_rt_context *context, const void *const *inputs, void *const *outputs) {
+static int run_bound(cnnc_rt_context *context, const cnnc_rt_variant *variant, const void *const *inputs,
+                     void *const *outputs) {
   const cnnc_rt_model *model = &cnnc_rt_the_model;
   for (int i = 0; i < model->input_count; i++) {
-    if (context->inputs[i] != inputs[i] && model->inputs[i].bytes != 0) {
-      memcpy(context->input_copies[i], inputs[i], model->inputs[i].bytes);
+    if (context->inputs[i] != inputs[i] && variant->inputs[i].bytes != 0) {
+      memcpy(context->input_copies[i], inputs[i], variant->inputs[i].bytes);
     }
   }
   /* The caller may flush denormals or round otherwise; the model's numbers must not depend on it. */
@@ -252,21 +258,23 @@ static int run_bound(cnnc_rt_context *context, const void *const *inputs, void *
   _mm_setcsr(CNNC_RT_MXCSR);
   const cnnc_rt_bases bases = {context->inputs, context->outputs, context->arena, model->weights};
   /* In the child of a fork there are no workers: the caller does their shares, with the same result. */
-  bool alone = context->threads == 1 || model->kernel_count == 0 || context->pid != getpid();
-  int32_t status = cnnc_rt_pool_run(context->pool, &bases, context->profiled ? context->counters : NULL, alone);
+  bool alone = context->threads == 1 || variant->kernel_count == 0 || context->pid != getpid();
+  cnnc_rt_counter *counters = context->profiled ? context->counters : NULL;
+  int32_t status = cnnc_rt_pool_run(context->pool, variant, &bases, counters, alone);
   _mm_setcsr(mode);
   if (status != 0) {
     return status > 0 ? CNNC_RT_ERROR_VALUE : CNNC_RT_ERROR_KERNEL;
   }
   for (int i = 0; i < model->output_count; i++) {
-    if (context->outputs[i] != outputs[i] && model->outputs[i].bytes != 0) {
-      memcpy(outputs[i], context->output_copies[i], model->outputs[i].bytes);
+    if (context->outputs[i] != outputs[i] && variant->outputs[i].bytes != 0) {
+      memcpy(outputs[i], context->output_copies[i], variant->outputs[i].bytes);
     }
   }
   return CNNC_RT_OK;
 }
 
-int cnnc_rt_run(cnnc_rt_context *context, const void *const *inputs, void *const *outputs) {
+static int run_variant(cnnc_rt_context *context, const cnnc_rt_variant *variant, const void *const *inputs,
+                       void *const *outputs) {
   slot *entry;
   if ((inputs == NULL && cnnc_rt_the_model.input_count != 0) ||
       (outputs == NULL && cnnc_rt_the_model.output_count != 0)) {
@@ -276,15 +284,24 @@ int cnnc_rt_run(cnnc_rt_context *context, const void *const *inputs, void *const
   if (code != CNNC_RT_OK) {
     return code;
   }
-  code = bind_inputs(context, inputs);
+  code = bind_inputs(context, variant, inputs);
   if (code == CNNC_RT_OK) {
-    code = bind_outputs(context, inputs, outputs);
+    code = bind_outputs(context, variant, inputs, outputs);
   }
   if (code == CNNC_RT_OK) {
-    code = run_bound(context, inputs, outputs);
+    code = run_bound(context, variant, inputs, outputs);
   }
   leave(entry);
   return code;
+}
+
+int cnnc_rt_run(cnnc_rt_context *context, const void *const *inputs, void *const *outputs) {
+  return run_variant(context, cnnc_rt_the_model.variants, inputs, outputs);
+}
+
+int cnnc_rt_run_batch(cnnc_rt_context *context, int batch, const void *const *inputs, void *const *outputs) {
+  const cnnc_rt_variant *variant = cnnc_rt_find(batch);
+  return variant != NULL ? run_variant(context, variant, inputs, outputs) : CNNC_RT_ERROR_BATCH;
 }
 
 int cnnc_rt_profile(cnnc_rt_context *context, int on) {
@@ -295,23 +312,33 @@ int cnnc_rt_profile(cnnc_rt_context *context, int on) {
   }
   context->profiled = on != 0;
   if (on) {
-    memset(context->counters, 0, (size_t)cnnc_rt_the_model.kernel_count * sizeof *context->counters);
+    memset(context->counters, 0, (size_t)cnnc_rt_the_model.step_count * sizeof *context->counters);
   }
   leave(entry);
   return CNNC_RT_OK;
 }
 
-uint64_t cnnc_rt_kernel_ns(cnnc_rt_context *context, int index, uint64_t *calls) {
+static uint64_t variant_kernel_ns(cnnc_rt_context *context, const cnnc_rt_variant *variant, int index,
+                                  uint64_t *calls) {
   slot *entry;
   cnnc_rt_counter read = {0, 0};
-  if (index >= 0 && index < cnnc_rt_the_model.kernel_count && enter(context, &entry) == CNNC_RT_OK) {
-    read = context->counters[index];
+  bool known = variant != NULL && index >= 0 && index < variant->kernel_count;
+  if (known && enter(context, &entry) == CNNC_RT_OK) {
+    read = context->counters[variant->first_step + index];
     leave(entry);
   }
   if (calls != NULL) {
     *calls = read.calls;
   }
   return read.ns;
+}
+
+uint64_t cnnc_rt_kernel_ns(cnnc_rt_context *context, int index, uint64_t *calls) {
+  return variant_kernel_ns(context, cnnc_rt_the_model.variants, index, calls);
+}
+
+uint64_t cnnc_rt_batch_kernel_ns(cnnc_rt_context *context, int batch, int index, uint64_t *calls) {
+  return variant_kernel_ns(context, cnnc_rt_find(batch), index, calls);
 }
 
 int cnnc_rt_threads(cnnc_rt_context *context) {

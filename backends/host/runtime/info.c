@@ -3,22 +3,52 @@
 
 #define MODEL cnnc_rt_the_model
 
+const cnnc_rt_variant *cnnc_rt_find(int batch) {
+  for (int i = 0; i < MODEL.variant_count; i++) {
+    if (MODEL.variants[i].batch == batch) {
+      return &MODEL.variants[i];
+    }
+  }
+  return NULL;
+}
+
+static const cnnc_rt_tensor *input(const cnnc_rt_variant *variant, int index) {
+  return variant != NULL && index >= 0 && index < MODEL.input_count ? &variant->inputs[index] : NULL;
+}
+
+static const cnnc_rt_tensor *output(const cnnc_rt_variant *variant, int index) {
+  return variant != NULL && index >= 0 && index < MODEL.output_count ? &variant->outputs[index] : NULL;
+}
+
+static const cnnc_rt_kernel *kernel(const cnnc_rt_variant *variant, int index) {
+  return variant != NULL && index >= 0 && index < variant->kernel_count ? &variant->kernels[index] : NULL;
+}
+
 int cnnc_rt_input_count(void) { return MODEL.input_count; }
 
 int cnnc_rt_output_count(void) { return MODEL.output_count; }
 
-int cnnc_rt_kernel_count(void) { return MODEL.kernel_count; }
+int cnnc_rt_kernel_count(void) { return MODEL.variants->kernel_count; }
 
-const cnnc_rt_tensor *cnnc_rt_input(int index) {
-  return index >= 0 && index < MODEL.input_count ? &MODEL.inputs[index] : NULL;
-}
+const cnnc_rt_tensor *cnnc_rt_input(int index) { return input(MODEL.variants, index); }
 
-const cnnc_rt_tensor *cnnc_rt_output(int index) {
-  return index >= 0 && index < MODEL.output_count ? &MODEL.outputs[index] : NULL;
-}
+const cnnc_rt_tensor *cnnc_rt_output(int index) { return output(MODEL.variants, index); }
 
-const cnnc_rt_kernel *cnnc_rt_kernel_at(int index) {
-  return index >= 0 && index < MODEL.kernel_count ? &MODEL.kernels[index] : NULL;
+const cnnc_rt_kernel *cnnc_rt_kernel_at(int index) { return kernel(MODEL.variants, index); }
+
+int cnnc_rt_batch_count(void) { return MODEL.variant_count; }
+
+int cnnc_rt_batch_at(int index) { return index >= 0 && index < MODEL.variant_count ? MODEL.variants[index].batch : 0; }
+
+const cnnc_rt_tensor *cnnc_rt_batch_input(int batch, int index) { return input(cnnc_rt_find(batch), index); }
+
+const cnnc_rt_tensor *cnnc_rt_batch_output(int batch, int index) { return output(cnnc_rt_find(batch), index); }
+
+const cnnc_rt_kernel *cnnc_rt_batch_kernel(int batch, int index) { return kernel(cnnc_rt_find(batch), index); }
+
+int cnnc_rt_batch_kernel_count(int batch) {
+  const cnnc_rt_variant *variant = cnnc_rt_find(batch);
+  return variant != NULL ? variant->kernel_count : 0;
 }
 
 const char *cnnc_rt_meta(void) { return MODEL.meta; }
@@ -39,6 +69,8 @@ const char *cnnc_rt_error_text(int code) {
       return "the context is in use by another thread: give each thread a context of its own";
     case CNNC_RT_ERROR_OVERLAP:
       return "two outputs overlap in memory";
+    case CNNC_RT_ERROR_BATCH:
+      return "the model was not compiled for this batch size: batch_count and batch_at tell for which it was";
     case CNNC_RT_ERROR_VALUE:
       return "a value computed at run time is out of range (an index or a size): the outputs are not valid";
     case CNNC_RT_ERROR_TOO_MANY:
@@ -59,6 +91,7 @@ const char *cnnc_rt_error_text(int code) {
 }
 
 const cnnc_rt_table cnnc_rt_the_table = {
-    CNNC_RT_MAGIC,    CNNC_RT_ABI,     sizeof(cnnc_rt_table), &cnnc_rt_the_model, cnnc_rt_create,     cnnc_rt_run,
-    cnnc_rt_destroy, cnnc_rt_profile, cnnc_rt_kernel_ns,     cnnc_rt_threads,    cnnc_rt_error_text,
+    CNNC_RT_MAGIC,           CNNC_RT_ABI,     sizeof(cnnc_rt_table), &cnnc_rt_the_model, cnnc_rt_create,
+    cnnc_rt_run_batch,       cnnc_rt_destroy, cnnc_rt_profile,       cnnc_rt_batch_kernel_ns,
+    cnnc_rt_threads,         cnnc_rt_error_text,
 };

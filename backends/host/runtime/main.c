@@ -26,6 +26,7 @@ typedef struct options {
   int threads;
   int bench; /* runs; 0: none */
   int top;
+  int batch; /* 0: that of the inputs */
   cnnc_rt_preprocess how;
 } options;
 
@@ -59,6 +60,14 @@ static void show_ports(FILE *to, const char *kind, const cnnc_rt_tensor *ports, 
   }
 }
 
+static void describe_batches(char *text, size_t size) {
+  size_t used = 0;
+  for (int i = 0; i < MODEL.variant_count && used < size; i++) {
+    int more = snprintf(text + used, size - used, "%s%" PRId32, i ? ", " : "", MODEL.variants[i].batch);
+    used += more > 0 ? (size_t)more : size;
+  }
+}
+
 static int usage(FILE *to) {
   fprintf(to,
           "usage: %s [options] INPUT...\n"
@@ -73,8 +82,16 @@ static int usage(FILE *to) {
           "  --std A,B,C        by what they are divided then\n"
           "  --info             print facts about the model as JSON\n",
           program_name);
-  show_ports(to, "input", MODEL.inputs, MODEL.input_count);
-  show_ports(to, "output", MODEL.outputs, MODEL.output_count);
+  if (MODEL.variant_count > 1) {
+    char sizes[256];
+    describe_batches(sizes, sizeof sizes);
+    fprintf(to,
+            "  --batch N          run with this batch size (%s); by default that of the inputs\n"
+            "shapes for batch size %" PRId32 ":\n",
+            sizes, MODEL.variants->batch);
+  }
+  show_ports(to, "input", MODEL.variants->inputs, MODEL.input_count);
+  show_ports(to, "output", MODEL.variants->outputs, MODEL.output_count);
   return to == stdout ? 0 : EXIT_USAGE;
 }
 
@@ -160,6 +177,9 @@ static int read_option(options *o, char **argument, int left) {
   }
   if (strcmp(name, "--top") == 0) {
     return read_number(value, 0, MAX_TOP, &o->top) ? 2 : 0;
+  }
+  if (strcmp(name, "--batch") == 0 && MODEL.variant_count > 1) {
+    return read_number(value, 1, INT32_MAX, &o->batch) ? 2 : 0;
   }
   if (strcmp(name, "--labels") == 0) {
     o->labels = value;
@@ -250,21 +270,57 @@ static int read_file(const char *path, cnnc_rt_blob *out) {
   return code;
 }
 
-static int load_input(const char *path, const cnnc_rt_tensor *tensor, const cnnc_rt_preprocess *how, void *to) {
-  cnnc_rt_blob file = {NULL, 0};
+static bool is_npy(const cnnc_rt_blob *file) {
+  return file->size >= 6 && memcmp(file->data, "\x93NUMPY", 6) == 0;
+}
+
+static int load_input(const char *path, const cnnc_rt_blob *file, const cnnc_rt_tensor *tensor,
+                      const cnnc_rt_preprocess *how, void *to) {
+  if (is_npy(file)) {
+    return cnnc_rt_npy_read(path, file, tensor, to);
+  }
   cnnc_rt_picture picture = {0, 0, NULL};
-  int code = read_file(path, &file);
-  if (code == 0 && file.size >= 6 && memcmp(file.data, "\x93NUMPY", 6) == 0) {
-    code = cnnc_rt_npy_read(path, &file, tensor, to);
-  } else if (code == 0) {
-    code = cnnc_rt_picture_read(path, &file, &picture);
-    if (code == 0) {
-      code = cnnc_rt_picture_fill(path, &picture, tensor, how, to);
-    }
+  int code = cnnc_rt_picture_read(path, file, &picture);
+  if (code == 0) {
+    code = cnnc_rt_picture_fill(path, &picture, tensor, how, to);
   }
   free(picture.rgb);
-  free(file.data);
   return code;
+}
+
+/* Whether the files have the leading extents of a batch size; a picture is a batch of one. */
+static bool leads(const cnnc_rt_variant *variant, const cnnc_rt_blob *files) {
+  for (int i = 0; i < MODEL.input_count; i++) {
+    const cnnc_rt_tensor *tensor = &variant->inputs[i];
+    int64_t extent = 1;
+    /* What is wrong with a damaged array is said when it is read. */
+    bool known = !is_npy(&files[i]) || cnnc_rt_npy_leading(&files[i], &extent);
+    if (known && tensor->rank > 0 && extent != tensor->dims[0]) {
+      return false;
+    }
+  }
+  return true;
+}
+
+static int choose_variant(const options *o, const cnnc_rt_blob *files, const cnnc_rt_variant **out) {
+  char sizes[256];
+  *out = MODEL.variants;
+  if (MODEL.variant_count == 1) {
+    return 0;
+  }
+  describe_batches(sizes, sizeof sizes);
+  if (o->batch != 0) {
+    *out = cnnc_rt_find(o->batch);
+    return *out != NULL ? 0 : cnnc_rt_problem(EXIT_USAGE, "--batch %d: compiled for batch sizes %s", o->batch, sizes);
+  }
+  for (int i = 0; i < MODEL.variant_count; i++) {
+    if (leads(&MODEL.variants[i], files)) {
+      *out = &MODEL.variants[i];
+      return 0;
+    }
+  }
+  return cnnc_rt_problem(EXIT_INVALID, "the inputs are of none of the batch sizes %s (a picture is a batch of one)",
+                         sizes);
 }
 
 /* --- results ------------------------------------------------------------------------------------------------------ */
@@ -337,8 +393,7 @@ static void print_row(const cnnc_rt_tensor *tensor, const void *data, uint64_t s
   }
 }
 
-static int print_top(const options *o, const void *data) {
-  const cnnc_rt_tensor *tensor = &MODEL.outputs[0];
+static int print_top(const options *o, const cnnc_rt_tensor *tensor, const void *data) {
   cnnc_rt_blob labels = {NULL, 0};
   if (!printable(tensor->dtype)) {
     return cnnc_rt_problem(EXIT_UNSUPPORTED, "cannot print outputs of this type; write them with -o");
@@ -372,15 +427,15 @@ static int by_size(const void *a, const void *b) {
   return (x > y) - (x < y);
 }
 
-static int bench(cnnc_rt_context *context, int runs, const void *const *inputs, void *const *outputs) {
+static int bench(cnnc_rt_context *context, int runs, int batch, const void *const *inputs, void *const *outputs) {
   int64_t *times = malloc((size_t)runs * sizeof *times);
   if (times == NULL) {
     return CNNC_RT_ERROR_MEMORY;
   }
-  int code = cnnc_rt_run(context, inputs, outputs);
+  int code = cnnc_rt_run_batch(context, batch, inputs, outputs);
   for (int i = 0; i < runs && code == 0; i++) {
     int64_t start = cnnc_rt_clock();
-    code = cnnc_rt_run(context, inputs, outputs);
+    code = cnnc_rt_run_batch(context, batch, inputs, outputs);
     times[i] = cnnc_rt_clock() - start;
   }
   if (code == 0) {
@@ -394,23 +449,24 @@ static int bench(cnnc_rt_context *context, int runs, const void *const *inputs, 
 
 /* --- all together ------------------------------------------------------------------------------------------------- */
 
-static int run_model(const options *o, const void *const *inputs, void *const *outputs) {
+static int run_model(const options *o, int batch, const void *const *inputs, void *const *outputs) {
   cnnc_rt_context *context;
   int code = cnnc_rt_create(o->threads, &context);
   if (code == 0) {
-    code = o->bench ? bench(context, o->bench, inputs, outputs) : cnnc_rt_run(context, inputs, outputs);
+    code = o->bench ? bench(context, o->bench, batch, inputs, outputs)
+                    : cnnc_rt_run_batch(context, batch, inputs, outputs);
     cnnc_rt_destroy(context);
   }
   return code == 0 ? 0 : cnnc_rt_problem(code / 100, "%s", cnnc_rt_error_text(code));
 }
 
-static int finish(const options *o, void *const *outputs) {
+static int finish(const options *o, const cnnc_rt_variant *variant, void *const *outputs) {
   int code = 0;
   for (int i = 0; i < o->output_count && code == 0; i++) {
-    code = cnnc_rt_npy_write(o->outputs[i], &MODEL.outputs[i], outputs[i]);
+    code = cnnc_rt_npy_write(o->outputs[i], &variant->outputs[i], outputs[i]);
   }
   if (code == 0 && o->output_count == 0 && o->bench == 0 && MODEL.output_count > 0) {
-    code = print_top(o, outputs[0]);
+    code = print_top(o, &variant->outputs[0], outputs[0]);
   }
   if (fflush(stdout) != 0 && code == 0) {
     code = cnnc_rt_problem(EXIT_ENVIRONMENT, "cannot write to the standard output: %s", strerror(errno));
@@ -426,27 +482,47 @@ static void *buffer(uint64_t bytes) {
   return memory;
 }
 
-static int run_all(const options *o) {
-  static void *inputs[MAX_PORTS];
-  static void *outputs[MAX_PORTS];
-  int code = 0;
-  for (int i = 0; i < MODEL.input_count + MODEL.output_count && code == 0; i++) {
+static int make_buffers(const cnnc_rt_variant *variant, void **inputs, void **outputs) {
+  for (int i = 0; i < MODEL.input_count + MODEL.output_count; i++) {
     bool input = i < MODEL.input_count;
     int port = input ? i : i - MODEL.input_count;
-    void *memory = buffer(input ? MODEL.inputs[port].bytes : MODEL.outputs[port].bytes);
+    void *memory = buffer(input ? variant->inputs[port].bytes : variant->outputs[port].bytes);
     (input ? inputs : outputs)[port] = memory;
-    code = memory != NULL ? 0 : cnnc_rt_problem(EXIT_ENVIRONMENT, "not enough memory");
+    if (memory == NULL) {
+      return cnnc_rt_problem(EXIT_ENVIRONMENT, "not enough memory");
+    }
+  }
+  return 0;
+}
+
+static int run_all(const options *o) {
+  static cnnc_rt_blob files[MAX_PORTS];
+  static void *inputs[MAX_PORTS];
+  static void *outputs[MAX_PORTS];
+  const cnnc_rt_variant *variant = NULL;
+  int code = 0;
+  for (int i = 0; i < MODEL.input_count && code == 0; i++) {
+    code = read_file(o->inputs[i], &files[i]);
+  }
+  if (code == 0) {
+    code = choose_variant(o, files, &variant);
+  }
+  if (code == 0) {
+    code = make_buffers(variant, inputs, outputs);
   }
   for (int i = 0; i < MODEL.input_count && code == 0; i++) {
-    code = load_input(o->inputs[i], &MODEL.inputs[i], &o->how, inputs[i]);
+    code = load_input(o->inputs[i], &files[i], &variant->inputs[i], &o->how, inputs[i]);
+    free(files[i].data);
+    files[i].data = NULL;
   }
   if (code == 0) {
-    code = run_model(o, (const void *const *)inputs, outputs);
+    code = run_model(o, variant->batch, (const void *const *)inputs, outputs);
   }
   if (code == 0) {
-    code = finish(o, outputs);
+    code = finish(o, variant, outputs);
   }
   for (int i = 0; i < MAX_PORTS; i++) {
+    free(files[i].data);
     free(inputs[i]);
     free(outputs[i]);
   }

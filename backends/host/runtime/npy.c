@@ -95,6 +95,17 @@ static size_t read_header(const cnnc_rt_blob *file, char *header) {
   return start + length;
 }
 
+bool cnnc_rt_npy_leading(const cnnc_rt_blob *file, int64_t *extent) {
+  static char header[MAX_HEADER];
+  const char *shape = read_header(file, header) ? value_of(header, "'shape'") : NULL;
+  if (shape == NULL || shape[0] != '(' || shape[1] < '0' || shape[1] > '9') {
+    return false;
+  }
+  errno = 0;
+  *extent = strtoll(shape + 1, NULL, 10);
+  return errno == 0;
+}
+
 int cnnc_rt_npy_read(const char *path, const cnnc_rt_blob *file, const cnnc_rt_tensor *tensor, void *to) {
   static char header[MAX_HEADER];
   char wanted[256];

@@ -33,8 +33,9 @@
 
 enum { GOOD = 0, BAD_VALUE = 1, BUG = 2, STATUS_BITS = 2 };
 
-/* Kernels are numbered through all runs: kernel k of a run comes k + 1 after the number that opens the run.  Numbers only
- * grow, so a lane that comes late finds everything taken, whatever has happened meanwhile. */
+/* Steps are numbered through all runs: number % step_count is the step that comes next, and the number grows by one as it
+ * is done.  A run passes through the steps of one batch size, ended by a step that nobody takes.  Numbers only grow, so a
+ * lane that comes late finds everything taken, whatever has happened meanwhile. */
 typedef struct share {
   _Alignas(128) _Atomic uint64_t done;  /* number << STATUS_BITS | status; END makes the helpers end */
   _Alignas(128) _Atomic uint64_t taken; /* number; not used of share 0, which the caller does in any case */
@@ -177,15 +178,16 @@ static uint64_t join(cnnc_rt_pool *pool, uint64_t number, int shares) {
   return status;
 }
 
-int32_t cnnc_rt_pool_run(cnnc_rt_pool *pool, const cnnc_rt_bases *bases, cnnc_rt_counter *counters, bool alone) {
-  const int32_t kernels = cnnc_rt_the_model.kernel_count;
+int32_t cnnc_rt_pool_run(cnnc_rt_pool *pool, const cnnc_rt_variant *variant, const cnnc_rt_bases *bases,
+                         cnnc_rt_counter *counters, bool alone) {
+  const int32_t end = variant->first_step + variant->kernel_count;
   lane *self = &pool->lanes[0];
-  uint64_t number = ++pool->runs * ((uint64_t)kernels + 1);
+  uint64_t number = ++pool->runs * (uint64_t)cnnc_rt_the_model.step_count + (uint64_t)variant->first_step;
   uint64_t status = GOOD;
   bool posted = false;
   int64_t before = counters != NULL ? cnnc_rt_clock() : 0;
   pool->bases = bases;
-  for (int32_t k = 0; k < kernels; k++, number++) {
+  for (int32_t k = variant->first_step; k < end; k++, number++) {
     const cnnc_rt_step *step = &cnnc_rt_the_model.steps[k];
     int shares = alone ? 1 : count_shares(pool, step);
     if (shares > 1) {
@@ -211,7 +213,7 @@ int32_t cnnc_rt_pool_run(cnnc_rt_pool *pool, const cnnc_rt_bases *bases, cnnc_rt
 static void *help(void *argument) {
   lane *self = argument;
   cnnc_rt_pool *pool = self->pool;
-  const uint64_t kernels = (uint64_t)cnnc_rt_the_model.kernel_count;
+  const uint64_t steps = (uint64_t)cnnc_rt_the_model.step_count;
   uint64_t number = 0;
   _mm_setcsr(CNNC_RT_MXCSR);
   for (;;) {
@@ -221,9 +223,10 @@ static void *help(void *argument) {
       return NULL;
     }
     number = done >> STATUS_BITS;
-    uint64_t k = number % (kernels + 1);
+    uint64_t k = number % steps;
     const cnnc_rt_step *step = &cnnc_rt_the_model.steps[k];
-    if (k < kernels && count_shares(pool, step) > 1) {
+    if (count_shares(pool, step) > 1) {
+      /* Before the first kernel of a batch size is the end of another, of one share: that which opened the run. */
       uint64_t status = join(pool, number, k == 0 ? 1 : count_shares(pool, step - 1));
       work(self, step, number + 1, count_shares(pool, step), status);
     }

@@ -36,6 +36,8 @@ int cnnc_rt_problem(int code, const char *format, ...) __attribute__((format(pri
 
 /* npy.c: NumPy's format, versions 1 to 3, little-endian, C order; dtype and shape must be the tensor's. */
 int cnnc_rt_npy_read(const char *path, const cnnc_rt_blob *file, const cnnc_rt_tensor *tensor, void *to);
+/* Gives the first extent of the array in a file; false if it is no .npy, or has none. */
+bool cnnc_rt_npy_leading(const cnnc_rt_blob *file, int64_t *extent);
 int cnnc_rt_npy_write(const char *path, const cnnc_rt_tensor *tensor, const void *from);
 void cnnc_rt_describe(const cnnc_rt_tensor *tensor, char *text, size_t size);
 

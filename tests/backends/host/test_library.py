@@ -145,7 +145,7 @@ def run_raw(context: Any, inputs: list[int], outputs: list[int]) -> int:
 
     ins = (ctypes.c_void_p * len(inputs))(*inputs)
     outs = (ctypes.c_void_p * len(outputs))(*outputs)
-    return int(context.model.table.run(context._handle, ins, outs))
+    return int(context.model.table.run_batch(context._handle, 0, ins, outs))
 
 
 def test_null_pointers_are_refused_and_outputs_untouched(model: LoadedModel) -> None:
@@ -156,8 +156,8 @@ def test_null_pointers_are_refused_and_outputs_untouched(model: LoadedModel) -> 
     context = model.create()
     good = [y.ctypes.data, best.ctypes.data]
     assert table.create(1, None) == 201
-    assert table.run(None, None, None) == 201
-    assert table.run(context._handle, None, None) == 201
+    assert table.run_batch(None, 0, None, None) == 201
+    assert table.run_batch(context._handle, 0, None, None) == 201
     assert run_raw(context, [0], good) == 201
     assert run_raw(context, [x.ctypes.data], [y.ctypes.data, 0]) == 201
     assert (y == 7).all()
@@ -363,7 +363,7 @@ def test_more_than_the_largest_number_of_contexts(load: Any) -> None:
     handle = ctypes.c_void_p(1)
     assert model.table.create(1, ctypes.byref(handle)) == 501
     assert handle.value is None
-    assert all(model.table.run(each, None, None) == 0 for each in handles)
+    assert all(model.table.run_batch(each, 0, None, None) == 0 for each in handles)
     assert all(model.table.destroy(each) == 0 for each in handles)
     assert model.table.create(1, ctypes.byref(handle)) == 0
     assert model.table.destroy(handle) == 0

@@ -13,9 +13,19 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from cnnc.backends.host.driver import SUFFIXES, driver_ir, emit_driver
+from cnnc.backends.host.driver import SUFFIXES, driver_ir, emit_driver, exported_symbols
 from cnnc.backends.host.header import emit_header
-from cnnc.backends.host.program import CPU_FEATURES, MAX_WEIGHTS, KernelCall, Port, Program, Slot, c_prefix
+from cnnc.backends.host.program import (
+    ABI,
+    CPU_FEATURES,
+    MAX_WEIGHTS,
+    KernelCall,
+    Port,
+    Program,
+    Slot,
+    Variant,
+    c_prefix,
+)
 from cnnc.backends.host.toolchain import RUNTIME
 from cnnc.errors import LimitError, VerifyError
 
@@ -131,11 +141,20 @@ def test_header_and_runtime_agree(small: Any) -> None:
         return dict(re.findall(rf"{prefix}_((?:OK|ERROR_\w+)) = (\d+)", text))
 
     inner = (RUNTIME / "cnnc_rt.h").read_text()
-    header = emit_header(small.program)
+    one = small.program
+    several = replace(one, batch=1, others=(Variant(2, one.inputs, one.outputs, one.calls),))
+    header = emit_header(several)
     assert codes(header, "small") == codes(inner, "CNNC_RT")
-    assert len(codes(header, "small")) == 12
+    assert len(codes(header, "small")) == 13
     declared = set(re.findall(r"\b(small_\w+)\(", header))
     assert declared == {f"small_{suffix}" for suffix in SUFFIXES}
+    assert re.findall(r"CNNC_RT_ABI (\d+)", inner) == re.findall(r"small_ABI_VERSION (\d+)", header) == [str(ABI)]
+
+
+def test_what_is_for_several_batch_sizes_is_in_their_header_only(small: Any) -> None:
+    assert "batch" not in emit_header(small.program).lower()
+    assert "batch" not in emit_header(replace(small.program, batch=8)).lower()
+    assert exported_symbols(replace(small.program, batch=8)) == exported_symbols(small.program)
 
 
 def test_driver_is_the_same_each_time_and_shares_thunks(small: Any) -> None:

@@ -15,7 +15,7 @@ import pytest
 from cnnc.backends.host.toolchain import FLAGS, LIBRARY_SOURCES, PROGRAM_SOURCES, RUNTIME
 
 # Each kernel adds one, and reads both neighbours, which other lanes have written; some are serial, some have
-# few slices, some are slow, some fail.
+# few slices, some are slow, some fail.  Runs change between batch sizes of ten, one and four kernels.
 MODEL = r"""
 #define _GNU_SOURCE
 #include "cnnc_rt.h"
@@ -25,15 +25,17 @@ MODEL = r"""
 #include <time.h>
 #include <xmmintrin.h>
 
-enum { WIDTH = 64, KERNELS = 10 };
+enum { WIDTH = 64, VARIANTS = 3 };
 
-static int32_t step(const cnnc_rt_bases *bases, int k, int32_t *scratch, int32_t lo, int32_t hi) {
+static const int counts[VARIANTS] = {10, 1, 4};
+
+static int32_t step(const cnnc_rt_bases *bases, int k, bool last, int32_t *scratch, int32_t lo, int32_t hi) {
   int32_t *buffers[2];
   int32_t status = 0;
   buffers[0] = (int32_t *)(void *)bases->arena;
   buffers[1] = buffers[0] + WIDTH;
   const int32_t *from = k == 0 ? bases->inputs[0] : buffers[k % 2];
-  int32_t *to = k == KERNELS - 1 ? bases->outputs[0] : buffers[(k + 1) % 2];
+  int32_t *to = last ? bases->outputs[0] : buffers[(k + 1) % 2];
   for (int32_t i = lo; i < hi; i++) {
     int32_t left = from[(i + WIDTH - 1) % WIDTH];
     int32_t right = from[(i + 1) % WIDTH];
@@ -53,32 +55,42 @@ static int32_t step(const cnnc_rt_bases *bases, int k, int32_t *scratch, int32_t
   return status;
 }
 
-#define STEP(k, slices) \
-  static int32_t step_##k(const cnnc_rt_bases *bases, void *scratch, int32_t lo, int32_t hi) { \
-    return step(bases, k, scratch, lo * (WIDTH / slices), hi * (WIDTH / slices)); \
+#define STEP(v, k, slices) \
+  static int32_t step_##v##_##k(const cnnc_rt_bases *bases, void *scratch, int32_t lo, int32_t hi) { \
+    return step(bases, k, k == counts[v] - 1, scratch, lo * (WIDTH / slices), hi * (WIDTH / slices)); \
   }
+#define END
 #define ALL \
-  STEP(0, 64) STEP(1, 64) STEP(2, 64) STEP(3, 1) STEP(4, 2) STEP(5, 64) STEP(6, 1) STEP(7, 1) STEP(8, 2) STEP(9, 4)
+  STEP(0, 0, 64) STEP(0, 1, 64) STEP(0, 2, 64) STEP(0, 3, 1) STEP(0, 4, 2) \
+  STEP(0, 5, 64) STEP(0, 6, 1) STEP(0, 7, 1) STEP(0, 8, 2) STEP(0, 9, 4) END \
+  STEP(1, 0, 32) END \
+  STEP(2, 0, 2) STEP(2, 1, 64) STEP(2, 2, 1) STEP(2, 3, 64) END
 ALL
 #undef STEP
-#define STEP(k, slices) {step_##k, slices},
-static const cnnc_rt_step steps[KERNELS] = {ALL};
+#undef END
+#define STEP(v, k, slices) {step_##v##_##k, slices},
+#define END {NULL, 1},
+static const cnnc_rt_step steps[] = {ALL};
 
 static const int64_t dims[1] = {WIDTH};
 static const cnnc_rt_tensor port = {"x", 7, 1, dims, WIDTH * 4};
-static const cnnc_rt_kernel kernels[KERNELS];
+static const cnnc_rt_kernel kernels[10];
+static const cnnc_rt_variant variants[VARIANTS] = {
+    {&port, &port, kernels, 1, 10, 0},
+    {&port, &port, kernels, 2, 1, 11},
+    {&port, &port, kernels, 3, 4, 13},
+};
 const cnnc_rt_model cnnc_rt_the_model = {
     .name = "stress",
     .meta = "{}",
-    .inputs = &port,
-    .outputs = &port,
-    .kernels = kernels,
+    .variants = variants,
     .steps = steps,
     .arena_bytes = WIDTH * 8,
     .scratch_bytes = 64,
     .input_count = 1,
     .output_count = 1,
-    .kernel_count = KERNELS,
+    .variant_count = VARIANTS,
+    .step_count = sizeof steps / sizeof *steps,
 };
 
 static int once(cnnc_rt_context *context, int32_t value) {
@@ -93,7 +105,8 @@ static int once(cnnc_rt_context *context, int32_t value) {
   }
   const unsigned mode = 0x1f80 | 0x8040 | 0x4000; /* flush denormals, round up */
   _mm_setcsr(mode);
-  int code = cnnc_rt_run(context, in, out);
+  const int variant = abs(value) % 7 % VARIANTS;
+  int code = cnnc_rt_run_batch(context, variant + 1, in, out);
   if (_mm_getcsr() != mode) {
     return 1;
   }
@@ -101,7 +114,7 @@ static int once(cnnc_rt_context *context, int32_t value) {
     return code != (value == -1 ? CNNC_RT_ERROR_VALUE : CNNC_RT_ERROR_KERNEL);
   }
   for (int i = 0; i < WIDTH; i++) {
-    code += y[i] != value + KERNELS;
+    code += y[i] != value + counts[variant];
   }
   return code != 0;
 }
