@@ -2,13 +2,15 @@
 
     relu(add(conv(x, w), r)) -> fused(x, w, r) {conv, add, relu}
 
-Afterwards every computing node is a `Fused`; inputs, constants and views stay as they are.  Three steps:
+Afterwards every computing node is a `Fused`; inputs, constants and views stay as they are.  Four steps:
 
 1. From each reduction (convolution, pooling, ...), then from each remaining node, a group grows forward over
    elementwise consumers of the same shape, through diamonds too, as long as one value leaves the group.
-2. A group of elementwise and injective nodes moves into its only consumer where that reads each element once; one that
+2. An elementwise group moves into the reduction that alone reads it, as its first operand, where a template of the back
+   end takes such a prologue: mul, add, relu before a convolution become fused(x, k, b, w) {mul, add, relu, conv}.
+3. A group of elementwise and injective nodes moves into its only consumer where that reads each element once; one that
    merely moves data also through views, into a consumer that moves it on.
-3. Groups become kernels, in an order that networkx finds (or refuses, should a group be cyclic).
+4. Groups become kernels, in an order that networkx finds (or refuses, should a group be cyclic).
 
 Growing keeps groups convex: everything between a group's first value and its last is inside.  The rules are those of
 Hidet (ASPLOS'23, section 4.2); the names prologue and epilogue are its, too.
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 from cnnc.errors import VerifyError
 from cnnc.ir.build import call
@@ -34,18 +37,31 @@ from cnnc.target import Target
 SOURCES = ("input", "parameter", "constant")
 
 
+@runtime_checkable
+class TakesPrologue(Protocol):
+    """A kernel template that can compute its anchor's first operand itself."""
+
+    def takes_prologue(self, kernel: Fused, target: Target) -> bool:
+        """Whether a kernel that does so is better than a kernel before the anchor's."""
+
+
 @dataclass(frozen=True)
 class Fuse(Pass):
-    """Make kernels; with `grow` off each holds one operator.  `most` bounds the operators of a kernel."""
+    """Make kernels; with `grow` off each holds one operator.  `most` bounds the operators of a kernel.
+
+    `templates` are the back end's, of which those that `TakesPrologue` are asked about prologues.
+    """
 
     grow: bool = True
     most: int = 32
+    templates: tuple[object, ...] = field(default=(), metadata={"option": False})
 
     def run(self, graph: Graph, target: Target) -> Graph:
         """Give the graph of kernels."""
         groups = _Groups(graph, self.most)
         if self.grow:
             groups.grow()
+            groups.move_prologues([t for t in self.templates if isinstance(t, TakesPrologue)], target)
             groups.move_producers()
         return _copy_outputs(_build(graph, groups))
 
@@ -73,6 +89,7 @@ class _Groups:
         self.rank = {node: position for position, node in enumerate(self.graph.nodes)}
         self.of = {node: _Group([node]) for node in self.graph.nodes if _computes(node)}
         self.outputs = set(self.graph.outputs)
+        self.prologues: set[Node] = set()
 
     def grow(self) -> None:
         """Let groups grow forward, reductions first: an epilogue costs them nothing."""
@@ -130,6 +147,47 @@ class _Groups:
                 self._join(target, [*group.nodes, *views])
                 target.nodes.sort(key=self.rank.__getitem__)
 
+    def move_prologues(self, templates: Sequence[TakesPrologue], target: Target) -> None:
+        """Move elementwise groups into the reduction that alone reads them, where a template takes that."""
+        for node in reversed(list(self.of)):
+            group = self.of[node]
+            if node is not group.nodes[-1]:
+                continue
+            views, consumer = self._only_consumer(node)
+            if consumer is None or views or not self._may_be_prologue(group, consumer):
+                continue
+            nodes = sorted([*group.nodes, *self.of[consumer].nodes], key=self.rank.__getitem__)
+            kernel = self._kernel(_Group(nodes))
+            if any(template.takes_prologue(kernel, target) for template in templates):
+                self.prologues.update(group.nodes)
+                self._join(self.of[consumer], group.nodes)
+                self.of[consumer].nodes.sort(key=self.rank.__getitem__)
+
+    def _may_be_prologue(self, group: _Group, consumer: Node) -> bool:
+        """Whether a group computes the first operand of a reduction, element by element, or a part of its prologue.
+
+        Not what a kernel that moves data computes at no cost: one that it alone reads, and that needs to be anyway.
+        """
+        made = group.nodes[-1]
+        first = [position for position, value in enumerate(consumer.inputs) if value.node is made] == [0]
+        reduction = consumer.op.kind is Kind.REDUCTION and self.of[consumer].anchor is consumer and first
+        if not reduction and consumer not in self.prologues:
+            return False
+        if len(group.nodes) + len(self.of[consumer].nodes) > self.most:
+            return False
+        inside = set(group.nodes)
+        rides = any(
+            value.node in self.of and value.node.op.kind is Kind.INJECTIVE and len(value.node.inputs) == 1
+            for node in group.nodes
+            for value in node.inputs
+            if value not in self.outputs and inside.issuperset(self.graph.users[value])
+        )
+        return not rides and all(node.op.kind is Kind.ELEMENTWISE for node in group.nodes)
+
+    def _kernel(self, group: _Group) -> Fused:
+        """Give the kernel that a group would become."""
+        return Fused(_body(group, _leaving(self.graph, group))[0], group.anchor.op.name)
+
     def _only_consumer(self, node: Node) -> tuple[list[Node], Node | None]:
         """Give the one node outside of views that reads a node's output, and the views in between."""
         views: list[Node] = []
@@ -150,7 +208,7 @@ class _Groups:
         target = self.of[consumer]
         if target is group or len(target.nodes) + len(group.nodes) + len(views) > self.most:
             return False
-        if any(node.op.kind > Kind.INJECTIVE for node in group.nodes):
+        if any(node.op.kind > Kind.INJECTIVE for node in group.nodes) or consumer in self.prologues:
             return False
         joins = any(node.op.kind is Kind.INJECTIVE and len(node.inputs) > 1 for node in group.nodes)
         if joins and target.anchor.op.kind >= Kind.REDUCTION:

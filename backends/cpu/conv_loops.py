@@ -14,6 +14,7 @@ from cnnc.backends.cpu.conv_shape import ConvShape, DirectParams, reshaped, segm
 from cnnc.backends.cpu.epilogue import finish
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.segments import Run, Segment
+from cnnc.backends.cpu.staged_rows import StagedRows
 
 __all__ = ["ConvLoops"]
 
@@ -31,6 +32,7 @@ class ConvLoops:
         self.logical = shape
         self.shape = shape = reshaped(shape, params)
         self.segments = segments_of(shape, params.pixels)
+        self.staged: StagedRows | None = None
 
     def function(self) -> Any:
         """Make the PrimFunc."""
@@ -53,7 +55,9 @@ class ConvLoops:
         first = row_block * params.rows
         exact = shape.oh % params.rows == 0
         rows: Any = params.rows if exact else tirx.min(self.t.const(params.rows), shape.oh - first)
-        return self.t.loop(
+        if self.x is None:
+            self.staged = StagedRows(shape, self.body, self._position, first, params.rows)
+        outputs = self.t.loop(
             params.oc_tiles,
             lambda tile: self.t.loop(
                 rows,
@@ -62,6 +66,13 @@ class ConvLoops:
             ),
             "oc_tile",
         )
+        if self.staged is None:
+            return outputs
+        return self.t.sequence(self.staged.fill(image, self._group(oc * params.oc_tiles * params.vectors)), outputs)
+
+    def _group(self, oc: Any) -> Any:
+        """Give the group that a block of output channels belongs to."""
+        return oc // (self.shape.oc_blocks // self.shape.groups)
 
     def _row(self, image: Any, oc: Any, row: Any) -> Any:
         def tiles(segment: Segment) -> Any:
@@ -96,10 +107,10 @@ class ConvLoops:
             zero = tirx.Broadcast(tirx.const(0.0, "float32"), block)
             return t.store(sums, zero, v, p, 0, lanes=block)
 
-        group = oc // (shape.oc_blocks // shape.groups)
+        first_channel = 0 if self.staged else self._group(oc) * shape.ic_blocks
 
         def reduce(channel: Any) -> Any:
-            return self._kernel_rows(sums, image, oc, row, column, segment, group * shape.ic_blocks + channel, channel)
+            return self._kernel_rows(sums, image, oc, row, column, segment, first_channel + channel, channel)
 
         def at(place: tuple[int, ...], lane: Any) -> tuple[Any, ...]:
             v, p = place
@@ -191,6 +202,8 @@ class ConvLoops:
         if self.shape.plain_input:
             return self.t.load(self.x, image, channel, *self._position(row, column + k))
         lanes = self.shape.block
+        if self.staged is not None:
+            return self.staged.load(channel, row, column + k // lanes, k % lanes)
         return self.t.load(self.x, image, channel, *self._position(row, column + k // lanes), k % lanes)
 
 
