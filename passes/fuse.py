@@ -154,19 +154,21 @@ class _Groups:
             if node is not group.nodes[-1]:
                 continue
             views, consumer = self._only_consumer(node)
-            if consumer is None or views or not self._may_be_prologue(group, consumer):
+            moved = _Group(group.nodes[1:] if _joins(group.nodes[0]) else group.nodes)
+            if consumer is None or views or not moved.nodes or not self._may_be_prologue(moved, consumer):
                 continue
-            nodes = sorted([*group.nodes, *self.of[consumer].nodes], key=self.rank.__getitem__)
+            nodes = sorted([*moved.nodes, *self.of[consumer].nodes], key=self.rank.__getitem__)
             kernel = self._kernel(_Group(nodes))
             if any(template.takes_prologue(kernel, target) for template in templates):
-                self.prologues.update(group.nodes)
-                self._join(self.of[consumer], group.nodes)
+                self.prologues.update(moved.nodes)
+                group.nodes = [n for n in group.nodes if n not in self.prologues]
+                self._join(self.of[consumer], moved.nodes)
                 self.of[consumer].nodes.sort(key=self.rank.__getitem__)
 
     def _may_be_prologue(self, group: _Group, consumer: Node) -> bool:
         """Whether a group computes the first operand of a reduction, element by element, or a part of its prologue.
 
-        Not what a kernel that moves data computes at no cost: one that it alone reads, and that needs to be anyway.
+        Only where it reads an image that stays: over one that dies, a kernel of its own writes at half the traffic.
         """
         made = group.nodes[-1]
         first = [position for position, value in enumerate(consumer.inputs) if value.node is made] == [0]
@@ -175,14 +177,28 @@ class _Groups:
             return False
         if len(group.nodes) + len(self.of[consumer].nodes) > self.most:
             return False
-        inside = set(group.nodes)
-        rides = any(
-            value.node in self.of and value.node.op.kind is Kind.INJECTIVE and len(value.node.inputs) == 1
-            for node in group.nodes
-            for value in node.inputs
-            if value not in self.outputs and inside.issuperset(self.graph.users[value])
-        )
-        return not rides and all(node.op.kind is Kind.ELEMENTWISE for node in group.nodes)
+        if any(node.op.kind is not Kind.ELEMENTWISE for node in group.nodes):
+            return False
+        images = {v for node in group.nodes for v in node.inputs if v.type == made.types[0]}
+        return any(value.node not in group.nodes and self._stays(value, group) for value in images)
+
+    def _stays(self, value: Value, group: _Group) -> bool:
+        """Whether a value is still needed, where it lies, once a group has read it."""
+        if value in self.outputs or value.node not in self.of or _joins(value.node):
+            return True
+        others = {*self.graph.users[value]}.difference(group.nodes)
+        return not others <= self._before(group, self.rank[value.node])
+
+    def _before(self, group: _Group, rank: int) -> set[Node]:
+        """Give the nodes, of a rank above `rank`, that a group's values are computed from."""
+        found: set[Node] = set()
+        pending = [*group.nodes]
+        while pending:
+            for value in pending.pop().inputs:
+                if value.node not in found and self.rank[value.node] > rank:
+                    found.add(value.node)
+                    pending.append(value.node)
+        return found
 
     def _kernel(self, group: _Group) -> Fused:
         """Give the kernel that a group would become."""
@@ -210,14 +226,18 @@ class _Groups:
             return False
         if any(node.op.kind > Kind.INJECTIVE for node in group.nodes) or consumer in self.prologues:
             return False
-        joins = any(node.op.kind is Kind.INJECTIVE and len(node.inputs) > 1 for node in group.nodes)
-        if joins and target.anchor.op.kind >= Kind.REDUCTION:
+        if any(map(_joins, group.nodes)) and target.anchor.op.kind >= Kind.REDUCTION:
             return False
         moves_data = all(node.op.kind is Kind.INJECTIVE for node in group.nodes)
         if views and not (moves_data and consumer.op.kind is Kind.INJECTIVE):
             return False
         read = (views or group.nodes)[-1].values[0]
         return _reads_once(consumer, read, moves_data)
+
+
+def _joins(node: Node) -> bool:
+    """Whether a node moves data of several inputs into one place."""
+    return node.op.kind is Kind.INJECTIVE and len(node.inputs) > 1
 
 
 def _computes(node: Node) -> bool:

@@ -45,6 +45,8 @@ def space(shape: ConvShape, machine: Machine) -> Iterator[DirectParams]:
     if is_pointwise(shape):
         long = [w for w in _divisors(pixels) if w >= 28 and pixels // w >= 4]
         widths = [*long[::-2][:2], pixels]
+        if shape.prologue:
+            widths = sorted({*widths, *_near_widths(shape, machine)})
     blocks = shape.oc_blocks // shape.groups
     groups = [v for v in range(1, 9) if blocks % v == 0]
     if max(groups) < min(blocks, 4):
@@ -58,13 +60,19 @@ def _spaces_of(shape: ConvShape, machine: Machine, width: int, vectors: int) -> 
     per_conv_group = groups // shape.groups
     rows = sorted({-(-shape.oh // parts) for parts in (1, 2, 4, 8, 16, 32) if parts <= shape.oh})
     oc_tiles = [count for count in (1, 2, 4, 8) if per_conv_group % count == 0]
-    if shape.prologue and per_conv_group > 8:
+    if shape.prologue and per_conv_group not in oc_tiles:
         oc_tiles.append(per_conv_group)
     pixels = {max(p for p in range(1, machine.registers) if machine.fits(p, v)) for v in range(1, min(vectors, 5) + 1)}
     yield from starmap(
         lambda p, o, r, outer: DirectParams(p, vectors, o, r, outer, width),
         product(sorted(pixels), oc_tiles, rows, (0, 1) if groups > 1 and shape.oh > 1 else (1,)),
     )
+
+
+def _near_widths(shape: ConvShape, machine: Machine) -> list[int]:
+    """Give the longest rows of pixels whose channels stay in L1 when a slice computes them, if they fill a tile."""
+    most = STAYS_IN_L1 * machine.l1 / (4.0 * shape.ic_blocks * shape.inner)
+    return [w for w in _divisors(shape.h * shape.w) if 8 <= w <= most][-2:]
 
 
 def _divisors(number: int) -> list[int]:
@@ -145,14 +153,21 @@ def _far_bytes(shape: ConvShape, params: DirectParams, machine: Machine, row_blo
     return shape.n * (outer * outer_count + inner * inner_count * inner_loads + 4.0 * math.prod(shape.output_shape[1:]))
 
 
-STAGED_CYCLES = 1.5
-"""Cycles to load and store a vector of staged input."""
+STAGED_CYCLES, STAGED_L2_CYCLES = 1.5, 5.0
+"""Cycles to load and store a vector of staged input: where it stays in L1, and where L2 has to take it."""
+
+DEAR_TO_PASS = 0.125
+"""The share of L2 from which on an image is dear to read and write once more."""
+
+STAYS_IN_L1 = 0.65
+"""The share of L1 that staged input may take, beside the weights that stream through."""
 
 
 def _staging_cycles(shape: ConvShape, params: DirectParams, machine: Machine, streamed: float) -> float:
     """Count the cycles in which a slice computes its input, `streamed` being the bytes that all slices read of it."""
     numbers = shape.ic_blocks * min(rows_read(shape, params.rows), shape.h) * shape.w * shape.inner
-    cycles = numbers / machine.lanes * (STAGED_CYCLES + shape.prologue / machine.fma_ports)
+    moving = STAGED_CYCLES if 4.0 * numbers <= STAYS_IN_L1 * machine.l1 else STAGED_L2_CYCLES
+    cycles = numbers / machine.lanes * (moving + shape.prologue / machine.fma_ports)
     slab = 4.0 * params.vectors * shape.block * shape.ic_blocks * shape.inner * shape.kh * shape.kw
     slices = shape.n * -(-shape.oh // params.rows) * shape.oc_blocks // (params.vectors * params.oc_tiles)
     beyond = streamed / slices if 4.0 * numbers + slab > 0.8 * machine.l2 else 0.0
@@ -180,8 +195,9 @@ class ConvDirect:
         return _shape_of(kernel, target) is not None
 
     def takes_prologue(self, kernel: Fused, target: Target) -> bool:
-        """Take any prologue: a slice that computes all output channels of its rows does it once."""
-        return self.matches(kernel, target)
+        """Take any prologue of images to which a pass is dear: a slice computes its rows for all output channels."""
+        shape = _shape_of(kernel, target)
+        return shape is not None and 4 * math.prod(shape.input_shape) >= target.caches.l2 * DEAR_TO_PASS
 
     def space(self, kernel: Fused, target: Target) -> Iterable[Schedule]:
         """Give the tile sizes worth considering."""

@@ -1,4 +1,4 @@
-"""Convolutions that compute their input themselves: against the interpreter, on shapes that leave every tile its own way."""
+"""Convolutions that compute their input themselves, against the interpreter, on shapes with every kind of border."""
 
 from __future__ import annotations
 
