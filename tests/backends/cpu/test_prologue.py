@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+import cnnc
 from cnnc.backends.cpu.conv_direct import ConvDirect
 from cnnc.backends.cpu.conv_shape import ConvShape
 from cnnc.backends.cpu.templates import TEMPLATES, template
@@ -18,7 +20,7 @@ from cnnc.ir.graph import Graph, Value
 from cnnc.ir.interp import run
 from cnnc.ir.layout import Layout
 from cnnc.ir.types import DType, TensorType
-from cnnc.ops import Add, Conv, Div, Exp, Log, MaxPool, Mul, Relu, Sigmoid
+from cnnc.ops import Add, BatchNorm, Concat, Conv, Div, Exp, Log, MaxPool, Mul, Relu, Sigmoid, constant, graph_input
 from cnnc.ops.blocked import channel_layout, weight_layout
 from cnnc.ops.fused import Fused, Schedule
 from cnnc.ops.source import Input
@@ -230,7 +232,15 @@ def test_winograd_takes_few_operations_only() -> None:
     shape = SHAPES["3x3 padded"]
     assert Winograd().takes_prologue(kernel(shape, 4), V3)
     assert not Winograd().takes_prologue(kernel(shape, 4, twice), V3)
-    assert ConvDirect().takes_prologue(kernel(shape, 0, twice), V3)
+
+
+def test_direct_kernels_take_prologues_of_images_that_are_dear_to_pass() -> None:
+    shape = ConvShape(1, 64, 32, 32, 16, 1, 1, block=BLOCK)
+    just = replace(V3, caches=replace(V3.caches, l2=8 * 4 * 64 * 32 * 32))
+    more = replace(V3, caches=replace(V3.caches, l2=just.caches.l2 + 8))
+    assert ConvDirect().takes_prologue(kernel(shape), just)
+    assert not ConvDirect().takes_prologue(kernel(shape), more)
+    assert not ConvDirect().takes_prologue(kernel(ConvShape(1, 64, 32, 32, 16, 3, 3, block=BLOCK), 4), just)
 
 
 def test_a_slice_computes_all_output_channels_where_it_computes_the_input() -> None:
@@ -238,3 +248,26 @@ def test_a_slice_computes_all_output_channels_where_it_computes_the_input() -> N
     shape = ConvShape(1, 256, 28, 28, 12 * BLOCK, 1, 1, block=BLOCK)
     schedule = cheapest(kernel(shape), "conv_direct")
     assert schedule["vectors"] * schedule["oc_tiles"] == 12
+
+
+def test_layers_of_densenet_have_no_kernel_before_the_convolution(rng: np.random.Generator) -> None:
+    """Batch norm and ReLU of all that came before, parts of which lie one after the other without a copy."""
+    x = graph_input("x", (1, 64, 40, 40))
+    y = call(MaxPool((3, 3), (1, 1), (1, 1, 1, 1), (1, 1)), x)
+    for _ in range(2):
+        channels = y.type.static_shape[1]
+        vectors = [constant(rng.uniform(0.5, 2, channels).astype(np.float32)) for _ in range(4)]
+        w = constant(rng.standard_normal((32, channels, 3, 3), np.float32))
+        z = call(Relu(), call(BatchNorm(1e-5), y, *vectors))
+        y = call(Concat(1), y, call(Conv((1, 1), (1, 1, 1, 1), (1, 1)), z, w))
+    graph = Graph("net", (x,), (call(MaxPool((2, 2), (2, 2), (0,) * 4, (1, 1)), y),), ("y",))
+    module = cnnc.compile(graph, records=False, cache=False)
+    assert module.build is not None
+    kernels = [n.op for n in module.build.graph.nodes if isinstance(n.op, Fused)]
+    fused = [k for k in kernels if [n.op.name for n in k.body.nodes if n.inputs] == ["mul", "add", "relu", "conv"]]
+    assert len(fused) == 2
+    assert not any(k.anchor in ("mul", "add", "relu", "concat") for k in kernels)
+    array = rng.standard_normal((1, 64, 40, 40), np.float32)
+    (wanted,) = run(graph, [array.astype(np.float64)], precise=True)
+    got = module.run({"x": array})["y"]
+    assert np.linalg.norm(got - wanted) <= 1e-5 * np.linalg.norm(wanted)
