@@ -64,11 +64,14 @@ made = compile_kernel(template(schedule.template).build(fused, schedule, target)
 open("{folder}/k.o", "wb").write(made.code)
 subprocess.run(["gcc", "-shared", "-o", "{folder}/k.so", "{folder}/k.o", "-lm"], check=True)
 
+kept = []
+
 def guarded(nbytes):
     whole = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = mmap.mmap(-1, whole + 64 * mmap.PAGESIZE)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     assert libc.mprotect(ctypes.c_void_p(address + whole), 64 * mmap.PAGESIZE, 0) == 0
+    kept.append(memory)
     return ctypes.c_void_p(address + (whole - nbytes) // 64 * 64)
 
 types = [v.type for v in (*fused.body.inputs, *fused.body.outputs)]
