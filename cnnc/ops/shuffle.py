@@ -14,7 +14,7 @@ from cnnc.ir.layout import Layout
 from cnnc.ir.op import Example, Kind, Op
 from cnnc.ir.types import Dim, DType, TensorType
 from cnnc.ops.blocked import channel_block, fixed, tensor
-from cnnc.ops.concat import Concat, read_joined
+from cnnc.ops.concat import read_joined
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,19 @@ class ShuffleChannels(Op):
 
     def infer(self, *parts: TensorType) -> TensorType:
         """Give [N, size, ...]; raises `ShapeError` where the groups do not divide C or the channels are not there."""
-        if any(part.rank < 2 for part in parts):
-            raise ShapeError(f"{self.name}: needs axes N, C, ..., not x : {', '.join(map(str, parts))}")
-        whole = Concat(1).infer(*parts)
-        (channels,) = fixed(self.name, whole.shape[1:2])
+        if not parts or any(part.rank < 2 for part in parts):
+            raise ShapeError(f"{self.name}: needs axes N, C, ..., not ({', '.join(map(str, parts))})")
+        x = parts[0]
+        for part in parts:
+            if (part.dtype, part.shape[0], part.shape[2:]) != (x.dtype, x.shape[0], x.shape[2:]):
+                raise ShapeError(f"{self.name}: {part} does not join {x} along the channels")
+        channels = sum(fixed(self.name, [part.shape[1] for part in parts]))
         if self.groups < 1 or channels % self.groups:
             raise ShapeError(f"{self.name}: groups={self.groups} must divide the {channels} channels")
         if self.start < 0 or self.size < 0 or self.start + self.size > channels:
             end = self.start + self.size
             raise ShapeError(f"{self.name}: channels {self.start} to {end} are not among {channels}")
-        return whole.with_shape((whole.shape[0], self.size, *whole.shape[2:]))
+        return x.with_shape((x.shape[0], self.size, *x.shape[2:]))
 
     def infer_layout(self, *parts: TensorType) -> tuple[Layout | None, ...]:
         """Keep channel blocks, whole ones or not."""
