@@ -62,9 +62,9 @@ class WinogradLoops:
             oc = (oc_slice * groups + index) * params.group
             return t.sequence(self._products(oc, tiles), self._outputs(oc, first, tiles))
 
-        buffers = (self.data, self.products, self.patch, self.half, self.result)
+        buffers = [self.data, self.products, self.patch, self.half, self.result]
         if self.x is None:
-            buffers = (*buffers, self.column)
+            buffers.append(self.column)
         return t.sequence(
             *(t.alloc(buffer) for buffer in buffers),
             self._inputs(first, tiles),
