@@ -4,8 +4,9 @@
 
 A register tile is `pixels` neighbours in a row times `vectors` blocks of output channels; each input value is
 broadcast against the weights of `vectors` blocks.  Nothing is copied for padding (see segments.py).  With
-`plain_input` the input is NCHW, as the first layer of a network finds it.  The method is that of Georganas et al.,
-"Anatomy of High-Performance Deep Learning Convolutions on SIMD Architectures", SC'18, section II.
+`plain_input` the input is NCHW, as the first layer of a network finds it.  Where the input is elementwise in others, a
+slice computes the rows it needs first (see staged_rows.py), and then all output channels from them.  The method is that
+of Georganas et al., "Anatomy of High-Performance Deep Learning Convolutions on SIMD Architectures", SC'18, section II.
 """
 
 from __future__ import annotations
@@ -195,9 +196,14 @@ class ConvDirect:
         return _shape_of(kernel, target) is not None
 
     def takes_prologue(self, kernel: Fused, target: Target) -> bool:
-        """Take any prologue of images to which a pass is dear: a slice computes its rows for all output channels."""
+        """Take it where no element is computed twice, and a pass over the image is dear.
+
+        Other kernels read rows that their neighbours compute, too, and do so much with them that a pass is little.
+        """
         shape = _shape_of(kernel, target)
-        return shape is not None and 4 * math.prod(shape.input_shape) >= target.caches.l2 * DEAR_TO_PASS
+        if shape is None or not is_pointwise(shape):
+            return False
+        return 4 * math.prod(shape.input_shape) >= target.caches.l2 * DEAR_TO_PASS
 
     def space(self, kernel: Fused, target: Target) -> Iterable[Schedule]:
         """Give the tile sizes worth considering."""
