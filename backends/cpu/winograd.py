@@ -4,11 +4,11 @@
 
 A slice transforms a chunk of tiles, which stay in L2, multiplies them position by position by the transformed
 weights in register tiles of `pixels` tiles times some blocks of output channels, and transforms the sums back, the
-epilogue applied as they are stored.  What is elementwise before the convolution is applied as tiles are loaded, and not
-to the padding.  Tiles are counted through images and rows, so that chunks are of any size; those
-that overlap the padding are gathered first.  The matrices and their source are in `cnnc.ops.winograd`; the division
-into slices is that of Jia et al., "Optimizing N-dimensional, Winograd-based convolution for manycore CPUs", PPoPP'18,
-section 4, without its barriers.
+epilogue applied as they are stored.  What is elementwise before the convolution is applied as tiles are loaded, and
+not to the padding.  Tiles are counted through images and rows, so that chunks are of any size; those that overlap the
+padding are gathered first.  The matrices and their source are in `cnnc.ops.winograd`; the division into slices is that
+of Jia et al., "Optimizing N-dimensional, Winograd-based convolution for manycore CPUs", PPoPP'18, section 4, without
+its barriers.
 """
 
 from __future__ import annotations

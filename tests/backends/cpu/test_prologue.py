@@ -262,7 +262,7 @@ def test_layers_of_densenet_have_no_kernel_before_the_convolution(rng: np.random
         z = call(Relu(), call(BatchNorm(1e-5), y, *vectors))
         y = call(Concat(1), y, call(Conv((1, 1), (0,) * 4, (1, 1)), z, w))
     graph = Graph("net", (x,), (call(MaxPool((2, 2), (2, 2), (0,) * 4, (1, 1)), y),), ("y",))
-    module = cnnc.compile(graph, records=False, cache=False)
+    module = cnnc.compile(graph, target="cpu:x86-64-v3", records=False, cache=False)
     assert module.build is not None
     kernels = [n.op for n in module.build.graph.nodes if isinstance(n.op, Fused)]
     fused = [k for k in kernels if [n.op.name for n in k.body.nodes if n.inputs] == ["mul", "add", "relu", "conv"]]
