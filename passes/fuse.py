@@ -2,13 +2,15 @@
 
     relu(add(conv(x, w), r)) -> fused(x, w, r) {conv, add, relu}
 
-Afterwards every computing node is a `Fused`; inputs, constants and views stay as they are.  Three steps:
+Afterwards every computing node is a `Fused`; inputs, constants and views stay as they are.  Four steps:
 
 1. From each reduction (convolution, pooling, ...), then from each remaining node, a group grows forward over
    elementwise consumers of the same shape, through diamonds too, as long as one value leaves the group.
-2. A group of elementwise and injective nodes moves into its only consumer where that reads each element once; one that
+2. An elementwise group moves into the reduction that alone reads it, as its first operand, where a template of the back
+   end takes such a prologue: mul, add, relu before a convolution become fused(x, k, b, w) {mul, add, relu, conv}.
+3. A group of elementwise and injective nodes moves into its only consumer where that reads each element once; one that
    merely moves data also through views, into a consumer that moves it on.
-3. Groups become kernels, in an order that networkx finds (or refuses, should a group be cyclic).
+4. Groups become kernels, in an order that networkx finds (or refuses, should a group be cyclic).
 
 Growing keeps groups convex: everything between a group's first value and its last is inside.  The rules are those of
 Hidet (ASPLOS'23, section 4.2); the names prologue and epilogue are its, too.
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 from cnnc.errors import VerifyError
 from cnnc.ir.build import call
@@ -34,18 +37,31 @@ from cnnc.target import Target
 SOURCES = ("input", "parameter", "constant")
 
 
+@runtime_checkable
+class TakesPrologue(Protocol):
+    """A kernel template that can compute its anchor's first operand itself."""
+
+    def takes_prologue(self, kernel: Fused, target: Target) -> bool:
+        """Whether a kernel that does so is better than a kernel before the anchor's."""
+
+
 @dataclass(frozen=True)
 class Fuse(Pass):
-    """Make kernels; with `grow` off each holds one operator.  `most` bounds the operators of a kernel."""
+    """Make kernels; with `grow` off each holds one operator.  `most` bounds the operators of a kernel.
+
+    `templates` are the back end's, of which those that `TakesPrologue` are asked about prologues.
+    """
 
     grow: bool = True
     most: int = 32
+    templates: tuple[object, ...] = field(default=(), metadata={"option": False})
 
     def run(self, graph: Graph, target: Target) -> Graph:
         """Give the graph of kernels."""
         groups = _Groups(graph, self.most)
         if self.grow:
             groups.grow()
+            groups.move_prologues([t for t in self.templates if isinstance(t, TakesPrologue)], target)
             groups.move_producers()
         return _copy_outputs(_build(graph, groups))
 
@@ -73,6 +89,7 @@ class _Groups:
         self.rank = {node: position for position, node in enumerate(self.graph.nodes)}
         self.of = {node: _Group([node]) for node in self.graph.nodes if _computes(node)}
         self.outputs = set(self.graph.outputs)
+        self.prologues: set[Node] = set()
 
     def grow(self) -> None:
         """Let groups grow forward, reductions first: an epilogue costs them nothing."""
@@ -130,6 +147,63 @@ class _Groups:
                 self._join(target, [*group.nodes, *views])
                 target.nodes.sort(key=self.rank.__getitem__)
 
+    def move_prologues(self, templates: Sequence[TakesPrologue], target: Target) -> None:
+        """Move elementwise groups into the reduction that alone reads them, where a template takes that."""
+        for node in reversed(list(self.of)):
+            group = self.of[node]
+            if node is not group.nodes[-1]:
+                continue
+            views, consumer = self._only_consumer(node)
+            moved = _Group(group.nodes[1:] if _joins(group.nodes[0]) else group.nodes)
+            if consumer is None or views or not moved.nodes or not self._may_be_prologue(moved, consumer):
+                continue
+            nodes = sorted([*moved.nodes, *self.of[consumer].nodes], key=self.rank.__getitem__)
+            kernel = self._kernel(_Group(nodes))
+            if any(template.takes_prologue(kernel, target) for template in templates):
+                self.prologues.update(moved.nodes)
+                group.nodes = [n for n in group.nodes if n not in self.prologues]
+                self._join(self.of[consumer], moved.nodes)
+                self.of[consumer].nodes.sort(key=self.rank.__getitem__)
+
+    def _may_be_prologue(self, group: _Group, consumer: Node) -> bool:
+        """Whether a group computes the first operand of a reduction, element by element, or a part of its prologue.
+
+        Only where it reads an image that stays: over one that dies, a kernel of its own writes at half the traffic.
+        """
+        made = group.nodes[-1]
+        first = [position for position, value in enumerate(consumer.inputs) if value.node is made] == [0]
+        reduction = consumer.op.kind is Kind.REDUCTION and self.of[consumer].anchor is consumer and first
+        if not reduction and consumer not in self.prologues:
+            return False
+        if len(group.nodes) + len(self.of[consumer].nodes) > self.most:
+            return False
+        if any(node.op.kind is not Kind.ELEMENTWISE for node in group.nodes):
+            return False
+        images = {v for node in group.nodes for v in node.inputs if v.type == made.types[0]}
+        return any(value.node not in group.nodes and self._stays(value, group) for value in images)
+
+    def _stays(self, value: Value, group: _Group) -> bool:
+        """Whether a value is still needed, where it lies, once a group has read it."""
+        if value in self.outputs or value.node not in self.of or _joins(value.node):
+            return True
+        others = {*self.graph.users[value]}.difference(group.nodes)
+        return not others <= self._before(group, self.rank[value.node])
+
+    def _before(self, group: _Group, rank: int) -> set[Node]:
+        """Give the nodes, of a rank above `rank`, that a group's values are computed from."""
+        found: set[Node] = set()
+        pending = [*group.nodes]
+        while pending:
+            for value in pending.pop().inputs:
+                if value.node not in found and self.rank[value.node] > rank:
+                    found.add(value.node)
+                    pending.append(value.node)
+        return found
+
+    def _kernel(self, group: _Group) -> Fused:
+        """Give the kernel that a group would become."""
+        return Fused(_body(group, _leaving(self.graph, group))[0], group.anchor.op.name)
+
     def _only_consumer(self, node: Node) -> tuple[list[Node], Node | None]:
         """Give the one node outside of views that reads a node's output, and the views in between."""
         views: list[Node] = []
@@ -150,16 +224,20 @@ class _Groups:
         target = self.of[consumer]
         if target is group or len(target.nodes) + len(group.nodes) + len(views) > self.most:
             return False
-        if any(node.op.kind > Kind.INJECTIVE for node in group.nodes):
+        if any(node.op.kind > Kind.INJECTIVE for node in group.nodes) or consumer in self.prologues:
             return False
-        joins = any(node.op.kind is Kind.INJECTIVE and len(node.inputs) > 1 for node in group.nodes)
-        if joins and target.anchor.op.kind >= Kind.REDUCTION:
+        if any(map(_joins, group.nodes)) and target.anchor.op.kind >= Kind.REDUCTION:
             return False
         moves_data = all(node.op.kind is Kind.INJECTIVE for node in group.nodes)
         if views and not (moves_data and consumer.op.kind is Kind.INJECTIVE):
             return False
         read = (views or group.nodes)[-1].values[0]
         return _reads_once(consumer, read, moves_data)
+
+
+def _joins(node: Node) -> bool:
+    """Whether a node moves data of several inputs into one place."""
+    return node.op.kind is Kind.INJECTIVE and len(node.inputs) > 1
 
 
 def _computes(node: Node) -> bool:

@@ -54,7 +54,7 @@ def pipeline(
 ) -> tuple[Pass, ...]:
     """Give the passes of an optimisation level, or those that `passes` spells out.
 
-    `templates` and `records` are what the tile pass chooses from, `memory` keeps what it found; `exact` keeps to
+    `templates` are the back end's, `records` what the tile pass knows of them, `memory` what it found; `exact` keeps to
     algorithms that add up the very products of the definition, `small` to weights hardly larger than the model's.
     Raises `UsageError` for a level that does not exist.
     """
@@ -64,7 +64,7 @@ def pipeline(
         "memory": memory or NoMemory(),
     }
     if passes is not None:
-        given = parse_passes(passes, {"tile": handed_in})
+        given = parse_passes(passes, {"tile": handed_in, "fuse": {"templates": tuple(templates)}})
         return tuple(_bounded(p, exact, small) if isinstance(p, ChooseAlgorithm) else p for p in given)
     if level not in LEVELS:
         raise UsageError(f"optimisation level {level} does not exist; use one of {', '.join(map(str, LEVELS))}")
@@ -77,7 +77,7 @@ def pipeline(
         chosen += [_bounded(ChooseAlgorithm(), exact, small), FoldConstants()]
     if level >= 2:
         chosen += [AssignLayouts(), PackWeights(), Cse()]
-    return (*chosen, Fuse(), PlaceConcats(), tile)
+    return (*chosen, Fuse(templates=tuple(templates)), PlaceConcats(), tile)
 
 
 SMALL_GROWTH = 0.08

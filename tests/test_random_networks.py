@@ -14,6 +14,7 @@ import pytest
 from onnx import helper
 
 import cnnc
+from cnnc.backends.cpu import conv_direct
 from cnnc.driver import load_graph
 from cnnc.ir.graph import Graph
 from cnnc.ir.interp import evaluate
@@ -173,6 +174,12 @@ def test_a_random_network(seed: int) -> None:
 def test_many_random_networks(first: int) -> None:
     for seed in range(first, min(first + 96, MANY)):
         _check(seed, LEVELS)
+
+
+@pytest.mark.parametrize("seed", range(EVERYDAY, EVERYDAY + 10))
+def test_a_random_network_whose_convolutions_take_all_prologues(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv_direct, "DEAR_TO_PASS", 0.0)
+    _check(seed, (max(LEVELS),))
 
 
 def test_a_failure_is_cut_down(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cnnc.backends.cpu.machine import AVX2, AVX512, Machine
 from cnnc.errors import VerifyError
-from cnnc.ir.graph import Node
+from cnnc.ir.graph import Node, Value
 from cnnc.ir.op import Kind
 from cnnc.ir.types import DType, TensorType
 from cnnc.ops.fused import Fused, Schedule
@@ -17,7 +17,7 @@ from cnnc.target import Target
 if TYPE_CHECKING:
     from cnnc.backends.cpu.body import Body
 
-__all__ = ["anchor_of", "body_after", "body_of", "machine_of", "params_of", "schedule_of"]
+__all__ = ["anchor_of", "body_after", "body_of", "machine_of", "params_of", "prologue_flops", "schedule_of"]
 
 Params = TypeVar("Params")
 
@@ -44,11 +44,12 @@ def params_of(kind: type[Params], schedule: Schedule) -> Params:
     return kind(**dict(schedule.params))
 
 
-def anchor_of(kernel: Fused, target: Target, *names: str) -> Node | None:
+def anchor_of(kernel: Fused, target: Target, *names: str, prologue: bool = False) -> Node | None:
     """Give the operator of one of these names that a kernel is about, if the rest can follow it in registers.
 
     That is: everything is float32 of fixed, non-empty shape, the anchor reads inputs of the kernel, and every
-    operator that depends on it is elementwise, in its shape and layout.
+    operator that depends on it is elementwise, in its shape and layout.  With `prologue`, the first operand may be
+    computed from inputs by operators that are elementwise in its shape and layout.
     """
     body = kernel.body
     if target.kind != "cpu" or len(body.outputs) != 1:
@@ -63,7 +64,8 @@ def anchor_of(kernel: Fused, target: Target, *names: str) -> Node | None:
     if any(not t.is_static or t.dtype is not DType.F32 or 0 in t.static_shape for t in types):
         return None
     inputs = set(body.inputs)
-    if not all(value in inputs for value in anchor.inputs):
+    computed = [value for value in anchor.inputs if value not in inputs]
+    if computed and not (prologue and computed == [anchor.inputs[0]] and _is_elementwise(computed[0], inputs)):
         return None
     result = anchor.types[0]
     dependent = {anchor}
@@ -77,16 +79,47 @@ def anchor_of(kernel: Fused, target: Target, *names: str) -> Node | None:
     return anchor if body.outputs[0].node in dependent else None
 
 
+def _is_elementwise(value: Value, inputs: set[Value]) -> bool:
+    """Whether a value follows from inputs, and single numbers, by elementwise operators of its type."""
+    return all(
+        node.op.kind is Kind.ELEMENTWISE and node.types == (value.type,)
+        for node in _before(value, inputs)
+        if node.op.name != "constant"
+    )
+
+
+def _before(value: Value, inputs: set[Value]) -> list[Node]:
+    """List the operators that a value is computed by from inputs."""
+    found: dict[Node, None] = {}
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if value not in inputs and value.node not in found:
+            found[value.node] = None
+            pending.extend(value.node.inputs)
+    return list(found)
+
+
+def prologue_flops(kernel: Fused, anchor: Node) -> float:
+    """Count the operations by which a kernel computes an element of its anchor's first operand; 0 where it reads it."""
+    operand = anchor.inputs[0]
+    if operand in kernel.body.inputs:
+        return 0.0
+    nodes = _before(operand, set(kernel.body.inputs))
+    return max(1.0, sum(node.op.flops(*(v.type for v in node.inputs)) for node in nodes) / operand.type.elements)
+
+
 def body_of(kernel: Fused, anchor: Node) -> Body:
     """Give the tensor expressions of a kernel, the anchor being its one reduction."""
     from cnnc.backends.cpu.body import Body
-    from cnnc.backends.lower.kernel import lower_kernel
+    from cnnc.backends.lower.kernel import lower_values, placeholder
 
-    lowered = lower_kernel(kernel)
-    final = lowered.outputs[0]
-    placeholders = dict(zip(kernel.body.inputs, lowered.inputs, strict=True))
-    operands = tuple(placeholders[value] for value in anchor.inputs)
-    return Body(lowered.inputs, operands, _reduction(final), final, _guards_lanes_only(kernel, anchor))
+    inputs = {value: placeholder(value.type, f"x{i}") for i, value in enumerate(kernel.body.inputs)}
+    (output,) = kernel.body.outputs
+    values = lower_values([output], inputs)
+    operands = tuple(values[value] for value in anchor.inputs)
+    final = values[output]
+    return Body(tuple(inputs.values()), operands, _reduction(final), final, _guards_lanes_only(kernel, anchor))
 
 
 def body_after(kernel: Fused, anchor: Node) -> Body:
@@ -105,17 +138,24 @@ def body_after(kernel: Fused, anchor: Node) -> Body:
 
 
 def _guards_lanes_only(kernel: Fused, anchor: Node) -> bool:
-    """Tell whether all that follows the anchor reads its own element, or that of a vector along the channels."""
-    followers = [node for node in kernel.body.nodes if node is not anchor and node.op.name not in ("input", "constant")]
-    if any(node.op.kind is not Kind.ELEMENTWISE for node in followers):
+    """Tell whether all beside the anchor reads its own element, or that of a vector along the channels.
+
+    What lies in blocks as the element does has its pad lanes, too.
+    """
+    others = [node for node in kernel.body.nodes if node is not anchor and node.op.name not in ("input", "constant")]
+    if any(node.op.kind is not Kind.ELEMENTWISE for node in others):
         return False
-    result = anchor.types[0]
 
     def is_vector(type_: TensorType) -> bool:
         return max(type_.static_shape, default=1) == math.prod(type_.static_shape)
 
-    read = [value.type for node in followers for value in node.inputs]
-    return all(type_ == result or is_vector(type_) for type_ in read)
+    def has_lanes(type_: TensorType, made: TensorType) -> bool:
+        return (
+            type_.layout is not None and type_.layout == made.layout and type_.static_shape[1] == made.static_shape[1]
+        )
+
+    read = [(value.type, node.types[0]) for node in others for value in node.inputs]
+    return all(type_ == made or is_vector(type_) or has_lanes(type_, made) for type_, made in read)
 
 
 def _reduction(final: Any) -> Any:

@@ -2,7 +2,8 @@
 
     y[i] = f(anchor[i], further inputs...),  anchor = convolution, pool, ... of the operands
 
-A template says where in its loop nest an output value is complete, and asks here for the expression to store.
+A template says where in its loop nest an output value is complete, and asks here for the expression to store.  Where
+the first operand is itself computed, elementwise, from inputs of the kernel (a prologue), it asks for that, too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Body:
     """The tensor expressions of a kernel.
 
     `inputs` are TE placeholders of all inputs in the order of the kernel's parameters, `operands` those of them
-    that the anchor takes; `anchor` is the tensor the template computes, and `final` the kernel's output, which
+    that the anchor takes, the first of which may be a stage computed from inputs instead, for templates that know of
+    prologues; `anchor` is the tensor the template computes, and `final` the kernel's output, which
     follows from the anchor (or is it) by stages without reductions and has its shape.  `guards_lanes_only` says
     that conditions in those stages keep nothing from being read but what pad lanes would read beside their vector.
     """
@@ -75,8 +77,8 @@ class BoundBody:
 
     @property
     def operands(self) -> list[Any]:
-        """The buffers of the anchor's operands."""
-        return [self.buffers[tensor] for tensor in self.body.operands]
+        """The buffers of the anchor's operands; None for one that the kernel computes."""
+        return [self.buffers.get(tensor) for tensor in self.body.operands]
 
     def output(self) -> Any:
         """Declare the buffer of the output."""
@@ -95,6 +97,16 @@ class BoundBody:
 
         return read(self.body.final, [loops.const(index) for index in indices])
 
+    def operand(self, indices: Sequence[Any]) -> Any:
+        """Give the expression of the first operand at `indices`, from the kernel's inputs."""
+
+        def read(tensor: Any, at: Sequence[Any]) -> Any:
+            if tensor in self.buffers:
+                return tirx.BufferLoad(self.buffers[tensor], list(at))
+            return _inlined(tensor, at, read, self.body.guards_lanes_only)
+
+        return read(self.body.operands[0], [loops.const(index) for index in indices])
+
 
 _CALL = type(tirx.exp(tirx.const(0.0, "float32")))
 
@@ -102,7 +114,7 @@ _CALL = type(tirx.exp(tirx.const(0.0, "float32")))
 def _inlined(tensor: Any, at: Sequence[Any], read: Callable[[Any, Sequence[Any]], Any], lanes_only: bool) -> Any:
     """Give the body of a compute stage at the given indices, its inputs replaced by what `read` gives."""
     if not isinstance(tensor.op, te.ComputeOp) or tensor.op.reduce_axis:
-        raise VerifyError(f"epilogue stage {tensor.op.name} is no elementwise computation")
+        raise VerifyError(f"stage {tensor.op.name} beside the anchor is no elementwise computation")
     indices = dict(zip((axis.var for axis in tensor.op.axis), at, strict=True))
 
     def call(node: Any) -> Any:

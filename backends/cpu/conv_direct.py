@@ -4,8 +4,9 @@
 
 A register tile is `pixels` neighbours in a row times `vectors` blocks of output channels; each input value is
 broadcast against the weights of `vectors` blocks.  Nothing is copied for padding (see segments.py).  With
-`plain_input` the input is NCHW, as the first layer of a network finds it.  The method is that of Georganas et al.,
-"Anatomy of High-Performance Deep Learning Convolutions on SIMD Architectures", SC'18, section II.
+`plain_input` the input is NCHW, as the first layer of a network finds it.  Where the input is elementwise in others, a
+slice computes the rows it needs first (see staged_rows.py), and then all output channels from them.  The method is that
+of Georganas et al., "Anatomy of High-Performance Deep Learning Convolutions on SIMD Architectures", SC'18, section II.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from functools import lru_cache
 from itertools import product, starmap
 from typing import TYPE_CHECKING, Any
 
-from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, params_of, schedule_of
-from cnnc.backends.cpu.conv_shape import ConvShape, DirectParams, reshaped, segments_of
+from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, params_of, prologue_flops, schedule_of
+from cnnc.backends.cpu.conv_shape import ConvShape, DirectParams, reshaped, rows_read, segments_of
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.segments import tap_range
 from cnnc.errors import VerifyError
@@ -45,6 +46,8 @@ def space(shape: ConvShape, machine: Machine) -> Iterator[DirectParams]:
     if is_pointwise(shape):
         long = [w for w in _divisors(pixels) if w >= 28 and pixels // w >= 4]
         widths = [*long[::-2][:2], pixels]
+        if shape.prologue:
+            widths = sorted({*widths, *_near_widths(shape, machine)})
     blocks = shape.oc_blocks // shape.groups
     groups = [v for v in range(1, 9) if blocks % v == 0]
     if max(groups) < min(blocks, 4):
@@ -71,11 +74,19 @@ def _spaces_of(shape: ConvShape, machine: Machine, width: int, vectors: int, cha
     per_conv_group = groups // shape.groups
     rows = sorted({-(-shape.oh // parts) for parts in (1, 2, 4, 8, 16, 32) if parts <= shape.oh})
     oc_tiles = [count for count in (1, 2, 4, 8) if per_conv_group % count == 0]
+    if shape.prologue and per_conv_group not in oc_tiles:
+        oc_tiles.append(per_conv_group)
     pixels = {max(p for p in range(1, machine.registers) if machine.fits(p, v)) for v in range(1, min(vectors, 5) + 1)}
     yield from starmap(
         lambda p, o, r, outer: DirectParams(p, vectors, o, r, outer, width, channels),
         product(sorted(pixels), oc_tiles, rows, (0, 1) if groups > 1 and shape.oh > 1 else (1,)),
     )
+
+
+def _near_widths(shape: ConvShape, machine: Machine) -> list[int]:
+    """Give the longest rows of pixels whose channels stay in L1 when a slice computes them, if they fill a tile."""
+    most = STAYS_IN_L1 * machine.l1 / (4.0 * shape.ic_blocks * shape.inner)
+    return [w for w in _divisors(shape.h * shape.w) if 8 <= w <= most][-2:]
 
 
 def _divisors(number: int) -> list[int]:
@@ -106,6 +117,8 @@ def cost(shape: ConvShape, params: DirectParams, machine: Machine) -> float:
     far = far_bytes / machine.memory_bytes / machine.threads
     total = max(compute, near, far) + HIDDEN * (compute + far) + HIDDEN_NEAR * near
     total += SLICE_CYCLES * slices / machine.threads
+    if shape.prologue:
+        total += _staging_cycles(shape, params, machine, rows * tiles * tile_input) * slices * waves
     # Among equals, prefer what would still divide among more threads than expected.
     uneven = -(-slices // MANY_THREADS) * MANY_THREADS / slices
     return total * (1.0 + 0.01 * uneven) / machine.hertz
@@ -158,6 +171,27 @@ def _far_bytes(shape: ConvShape, params: DirectParams, machine: Machine, row_blo
     return shape.n * (outer * outer_count + inner * inner_count * inner_loads + 4.0 * math.prod(shape.output_shape[1:]))
 
 
+STAGED_CYCLES, STAGED_L2_CYCLES = 1.5, 5.0
+"""Cycles to load and store a vector of staged input: where it stays in L1, and where L2 has to take it."""
+
+DEAR_TO_PASS = 0.125
+"""The share of L2 from which on an image is dear to read and write once more."""
+
+STAYS_IN_L1 = 0.65
+"""The share of L1 that staged input may take, beside the weights that stream through."""
+
+
+def _staging_cycles(shape: ConvShape, params: DirectParams, machine: Machine, streamed: float) -> float:
+    """Count the cycles in which a slice computes its input, `streamed` being the bytes that all slices read of it."""
+    numbers = shape.ic_blocks * min(rows_read(shape, params.rows), shape.h) * shape.w * shape.inner
+    moving = STAGED_CYCLES if 4.0 * numbers <= STAYS_IN_L1 * machine.l1 else STAGED_L2_CYCLES
+    cycles = numbers / machine.lanes * (moving + shape.prologue / machine.fma_ports)
+    slab = 4.0 * params.vectors * shape.block * shape.ic_blocks * shape.inner * shape.kh * shape.kw
+    slices = shape.n * -(-shape.oh // params.rows) * shape.oc_blocks // (params.vectors * params.oc_tiles)
+    beyond = streamed / slices if 4.0 * numbers + slab > 0.8 * machine.l2 else 0.0
+    return max(cycles, 4.0 * numbers / machine.memory_bytes) + beyond / machine.memory_bytes
+
+
 def build(shape: ConvShape, params: DirectParams, machine: Machine, body: Body) -> Any:
     """Make the kernel: a PrimFunc of the body's inputs and the output; the operands begin with x and weight."""
     from cnnc.backends.cpu.conv_loops import ConvLoops
@@ -167,13 +201,26 @@ def build(shape: ConvShape, params: DirectParams, machine: Machine, body: Body) 
 
 @dataclass(frozen=True)
 class ConvDirect:
-    """The template: 2-D convolutions on blocked channels, or from plain input to blocked output."""
+    """The template: 2-D convolutions on blocked channels, or from plain input to blocked output.
+
+    What is elementwise before the convolution may be part of the kernel, where its input is in blocks.
+    """
 
     name: str = "conv_direct"
 
     def matches(self, kernel: Fused, target: Target) -> bool:
         """Take a convolution with algorithm `direct` whose groups, if any, are whole blocks."""
         return _shape_of(kernel, target) is not None
+
+    def takes_prologue(self, kernel: Fused, target: Target) -> bool:
+        """Take it where no element is computed twice, and a pass over the image is dear.
+
+        Other kernels read rows that their neighbours compute, too, and do so much with them that a pass is little.
+        """
+        shape = _shape_of(kernel, target)
+        if shape is None or not is_pointwise(shape):
+            return False
+        return 4 * math.prod(shape.input_shape) >= target.caches.l2 * DEAR_TO_PASS
 
     def space(self, kernel: Fused, target: Target) -> Iterable[Schedule]:
         """Give the tile sizes worth considering."""
@@ -185,7 +232,7 @@ class ConvDirect:
 
     def build(self, kernel: Fused, schedule: Schedule, target: Target) -> Any:
         """Make the PrimFunc over the kernel's inputs, then its output."""
-        anchor = anchor_of(kernel, target, "conv")
+        anchor = anchor_of(kernel, target, "conv", prologue=True)
         if anchor is None:
             raise VerifyError(f"{self.name} cannot compute kernel {kernel.anchor}")
         params = params_of(DirectParams, schedule)
@@ -202,7 +249,7 @@ def _known_shape(kernel: Fused, target: Target) -> ConvShape:
 @lru_cache(64)
 def _shape_of(kernel: Fused, target: Target) -> ConvShape | None:
     """Give the convolution of a kernel, if this template can compute it."""
-    anchor = anchor_of(kernel, target, "conv")
+    anchor = anchor_of(kernel, target, "conv", prologue=True)
     if anchor is None or not isinstance(anchor.op, Conv) or anchor.op.algorithm != "direct":
         return None
     op, x, w, block = anchor.op, anchor.inputs[0].type, anchor.inputs[1].type, target.vector_lanes
@@ -212,6 +259,9 @@ def _shape_of(kernel: Fused, target: Target) -> ConvShape | None:
     if not plain and x.layout != channel_layout(4, block):
         return None
     (oc, group_in, kh, kw), (n, ic, height, width) = w.static_shape, x.static_shape
+    prologue = prologue_flops(kernel, anchor)
+    if plain and prologue:
+        return None
     if op.groups > 1 and (plain or group_in % block or oc // op.groups % block):
         return None
     return ConvShape(
@@ -222,4 +272,5 @@ def _shape_of(kernel: Fused, target: Target) -> ConvShape | None:
         groups=op.groups,
         block=block,
         plain_input=plain,
+        prologue=prologue,
     )

@@ -14,6 +14,7 @@ from cnnc.backends.cpu.conv_shape import ConvShape, DirectParams, reshaped, segm
 from cnnc.backends.cpu.epilogue import finish
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.segments import Run, Segment
+from cnnc.backends.cpu.staged_rows import StagedRows
 
 __all__ = ["ConvLoops"]
 
@@ -33,6 +34,7 @@ class ConvLoops:
         self.segments = segments_of(shape, params.pixels)
         self.channels = params.channels or shape.ic_blocks
         self.row_tiles = sum(segment.count for segment in self.segments)
+        self.staged: StagedRows | None = None
 
     def function(self) -> Any:
         """Make the PrimFunc."""
@@ -55,6 +57,8 @@ class ConvLoops:
         first = row_block * params.rows
         exact = shape.oh % params.rows == 0
         rows: Any = params.rows if exact else tirx.min(self.t.const(params.rows), shape.oh - first)
+        if self.x is None:
+            self.staged = StagedRows(shape, self.body, self._position, first, params.rows)
 
         def row_of(tile: Any, first_channel: Any, row: Any) -> Any:
             return self._row(image, (oc * params.oc_tiles + tile) * params.vectors, first + row, first_channel)
@@ -63,11 +67,18 @@ class ConvLoops:
             return self.t.loop(rows, lambda row: row_of(tile, number * self.channels, row), "row")
 
         passes = shape.ic_blocks // self.channels
-        return self.t.loop(
+        outputs = self.t.loop(
             params.oc_tiles,
             lambda tile: self.t.loop(passes, lambda number: one_pass(tile, number), "pass"),
             "oc_tile",
         )
+        if self.staged is None:
+            return outputs
+        return self.t.sequence(self.staged.fill(image, self._group(oc * params.oc_tiles * params.vectors)), outputs)
+
+    def _group(self, oc: Any) -> Any:
+        """Give the group that a block of output channels belongs to."""
+        return oc // (self.shape.oc_blocks // self.shape.groups)
 
     def _row(self, image: Any, oc: Any, row: Any, first_channel: Any) -> Any:
         def tiles(segment: Segment, before: int) -> Any:
@@ -124,15 +135,14 @@ class ConvLoops:
         def put_by(v: Any, p: Any) -> Any:
             return t.store(self.y, t.load(sums, v, p, 0, lanes=block), *at((v, p), 0), lanes=block)
 
-        group = oc // (shape.oc_blocks // shape.groups)
+        group_channel = 0 if self.staged else self._group(oc) * shape.ic_blocks
 
         def reduce(index: Any) -> Any:
             channel = first_channel + index
-            x_channel = group * shape.ic_blocks + channel
             return t.sequence(
                 self._ask_for_weights(oc, vectors, segment, channel, number),
                 self._ask_for_operands(vectors, segment, channel, at),
-                self._kernel_rows(sums, image, oc, row, column, segment, x_channel, channel),
+                self._kernel_rows(sums, image, oc, row, column, segment, group_channel + channel, channel),
             )
 
         def at(place: tuple[int, ...], lane: Any) -> tuple[Any, ...]:
@@ -263,6 +273,8 @@ class ConvLoops:
         if self.shape.plain_input:
             return self.t.load(self.x, image, channel, *self._position(row, column + k))
         lanes = self.shape.block
+        if self.staged is not None:
+            return self.staged.load(channel, row, column + k // lanes, k % lanes)
         return self.t.load(self.x, image, channel, *self._position(row, column + k // lanes), k % lanes)
 
 

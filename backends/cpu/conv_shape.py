@@ -7,14 +7,15 @@ from functools import lru_cache
 
 from cnnc.backends.cpu.segments import Segment, row_segments
 
-__all__ = ["ConvShape", "DirectParams", "reshaped", "segments_of"]
+__all__ = ["ConvShape", "DirectParams", "reshaped", "rows_read", "segments_of"]
 
 
 @dataclass(frozen=True)
 class ConvShape:
     """A convolution: logical sizes, and the channel block of its layouts.
 
-    `pad` is (top, left, bottom, right).  `plain_input`: the input is NCHW and the weight OIHW{block}o.
+    `pad` is (top, left, bottom, right).  `plain_input`: the input is NCHW and the weight OIHW{block}o.  `prologue`: the
+    operations by which the kernel computes each element of its input first; 0 where it reads what another computed.
     """
 
     n: int
@@ -30,6 +31,7 @@ class ConvShape:
     groups: int = 1
     block: int = 16
     plain_input: bool = False
+    prologue: float = 0.0
 
     @property
     def oh(self) -> int:
@@ -108,6 +110,11 @@ class DirectParams:
 def reshaped(shape: ConvShape, params: DirectParams) -> ConvShape:
     """Give the shape in rows of `params.width` pixels."""
     return replace(shape, h=shape.h * shape.w // params.width, w=params.width) if params.width else shape
+
+
+def rows_read(shape: ConvShape, rows: int) -> int:
+    """Give how many input rows, padding among them, some rows of output are computed from."""
+    return (rows - 1) * shape.stride[0] + (shape.kh - 1) * shape.dilation[0] + 1
 
 
 @lru_cache(4096)

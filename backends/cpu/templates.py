@@ -14,6 +14,7 @@ from cnnc.backends.cpu.generic import Generic
 from cnnc.backends.cpu.matmul import MatMulTemplate
 from cnnc.backends.cpu.norm import NormTemplate
 from cnnc.backends.cpu.pool import GlobalPool, Pool
+from cnnc.backends.cpu.shuffle import Shuffle
 from cnnc.backends.cpu.softmax import SoftmaxTemplate
 from cnnc.backends.cpu.template import Template
 from cnnc.backends.cpu.unpool import Unpool
@@ -33,6 +34,7 @@ TEMPLATES: tuple[Template, ...] = (
     NormTemplate(),
     SoftmaxTemplate(),
     Unpool(),
+    Shuffle(),
     Generic(),
 )
 

@@ -4,22 +4,23 @@
 
 A slice transforms a chunk of tiles, which stay in L2, multiplies them position by position by the transformed
 weights in register tiles of `pixels` tiles times some blocks of output channels, and transforms the sums back, the
-epilogue applied as they are stored.  Tiles are counted through images and rows, so that chunks are of any size; those
-that overlap the padding are gathered first.  The matrices and their source are in `cnnc.ops.winograd`; the division
-into slices is that of Jia et al., "Optimizing N-dimensional, Winograd-based convolution for manycore CPUs", PPoPP'18,
-section 4, without its barriers.
+epilogue applied as they are stored.  What is elementwise before the convolution is applied as tiles are loaded, and
+not to the padding.  Tiles are counted through images and rows, so that chunks are of any size; those that overlap the
+padding are gathered first.  The matrices and their source are in `cnnc.ops.winograd`; the division into slices is that
+of Jia et al., "Optimizing N-dimensional, Winograd-based convolution for manycore CPUs", PPoPP'18, section 4, without
+its barriers.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, params_of, schedule_of
+from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, params_of, prologue_flops, schedule_of
 from cnnc.backends.cpu.conv_shape import ConvShape
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.segments import even_split
@@ -38,6 +39,9 @@ __all__ = ["Winograd", "WinogradParams", "WinogradShape", "build", "cost", "spac
 
 MOST_TILES = 64
 """More tiles at once only take more cache."""
+
+MOST_OPERATIONS = 4
+"""Operations of a prologue: a scale, a shift and a ReLU, and one more."""
 
 MOST_BLOCKS = 16
 """Blocks of output channels for each pass over the transformed tiles: more save nothing."""
@@ -71,6 +75,8 @@ def cost(shape: WinogradShape, params: WinogradParams, machine: Machine) -> floa
     groups = blocks // params.group
     products = groups * positions * _group_cycles(params, channels, machine)
     transforms = positions * params.tiles * (INPUT_CYCLES * conv.ic_blocks + OUTPUT_CYCLES * blocks)
+    if conv.prologue:
+        transforms += _prologue_cycles(shape, machine) * params.tiles
     compute = products + transforms
 
     weights = 4.0 * shape.vertical.weights * shape.horizontal.weights * channels * blocks * conv.block
@@ -134,6 +140,16 @@ def _group_cycles(params: WinogradParams, channels: int, machine: Machine) -> fl
     return cycles
 
 
+GATHERED_CYCLES = 1.5
+"""Cycles to load and store a vector of input on its way through a prologue."""
+
+
+def _prologue_cycles(shape: WinogradShape, machine: Machine) -> float:
+    """Count the cycles in which the input of a tile is computed; tiles overlap, so most is computed again."""
+    vectors = shape.conv.ic_blocks * shape.vertical.inputs * shape.horizontal.inputs
+    return vectors * (GATHERED_CYCLES + shape.conv.prologue / machine.fma_ports)
+
+
 def build(shape: WinogradShape, params: WinogradParams, machine: Machine, body: Body) -> Any:
     """Make the kernel: a PrimFunc of the body's inputs and the output; the operands begin with x and weight."""
     from cnnc.backends.cpu.winograd_loops import WinogradLoops
@@ -143,13 +159,21 @@ def build(shape: WinogradShape, params: WinogradParams, machine: Machine, body: 
 
 @dataclass(frozen=True)
 class Winograd:
-    """The template: convolutions whose algorithm is `winograd2` or `winograd4`, on blocked channels."""
+    """The template: convolutions whose algorithm is `winograd2` or `winograd4`, on blocked channels.
+
+    What is elementwise before the convolution may be part of the kernel.
+    """
 
     name: str = "winograd"
 
     def matches(self, kernel: Fused, target: Target) -> bool:
         """Take a convolution of float32 images in blocks with transformed weights."""
         return _shape_of(kernel, target) is not None
+
+    def takes_prologue(self, kernel: Fused, target: Target) -> bool:
+        """Take a few operations: most inputs have part in several tiles, and are computed for each."""
+        shape = _shape_of(kernel, target)
+        return shape is not None and shape.conv.prologue <= MOST_OPERATIONS
 
     def space(self, kernel: Fused, target: Target) -> Iterable[Schedule]:
         """Give the tile sizes worth considering."""
@@ -161,7 +185,7 @@ class Winograd:
 
     def build(self, kernel: Fused, schedule: Schedule, target: Target) -> Any:
         """Make the PrimFunc over the kernel's inputs, then its output."""
-        shape, anchor = _known_shape(kernel, target), anchor_of(kernel, target, "conv")
+        shape, anchor = _known_shape(kernel, target), anchor_of(kernel, target, "conv", prologue=True)
         if anchor is None:
             raise VerifyError(f"{self.name} cannot compute kernel {kernel.anchor}")
         return build(shape, params_of(WinogradParams, schedule), machine_of(target), body_of(kernel, anchor))
@@ -177,7 +201,7 @@ def _known_shape(kernel: Fused, target: Target) -> WinogradShape:
 @lru_cache(64)
 def _shape_of(kernel: Fused, target: Target) -> WinogradShape | None:
     """Give the convolution of a kernel, if this template can compute it."""
-    anchor = anchor_of(kernel, target, "conv")
+    anchor = anchor_of(kernel, target, "conv", prologue=True)
     if anchor is None or not isinstance(anchor.op, Conv):
         return None
     op, x, u, block = anchor.op, anchor.inputs[0].type, anchor.inputs[1].type, target.vector_lanes
@@ -189,4 +213,4 @@ def _shape_of(kernel: Fused, target: Target) -> WinogradShape | None:
     pad = (op.pad[0], op.pad[1], op.pad[2], op.pad[3])
     stride = (op.stride[0], op.stride[1])
     conv = ConvShape(n, ic, height, width, u.static_shape[0], kh, kw, stride=stride, pad=pad, block=block)
-    return WinogradShape(conv, tile)
+    return WinogradShape(replace(conv, prologue=prologue_flops(kernel, anchor)), tile)

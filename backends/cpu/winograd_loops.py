@@ -38,6 +38,7 @@ class WinogradLoops:
         self.data = loops.buffer("data", (positions, shape.data_rows(params.tiles), block))
         self.products = loops.buffer("products", (params.group, params.tiles, positions, block))
         self.patch = loops.buffer("patch", (v.inputs * h.inputs, block), scope="local")
+        self.column = loops.buffer("column", (v.inputs, block), scope="local")
         half = max(v.positions * h.inputs, v.tile * h.positions)
         self.half = loops.buffer("half", (half, block), scope="local")
         self.result = loops.buffer("result", (shape.outputs, block), scope="local")
@@ -61,7 +62,9 @@ class WinogradLoops:
             oc = (oc_slice * groups + index) * params.group
             return t.sequence(self._products(oc, tiles), self._outputs(oc, first, tiles))
 
-        buffers = (self.data, self.products, self.patch, self.half, self.result)
+        buffers = [self.data, self.products, self.patch, self.half, self.result]
+        if self.x is None:
+            buffers.append(self.column)
         return t.sequence(
             *(t.alloc(buffer) for buffer in buffers),
             self._inputs(first, tiles),
@@ -92,10 +95,18 @@ class WinogradLoops:
             def from_patch(r: int, s: Any) -> Any:
                 return t.load(self.patch, r * h.inputs + s, 0, lanes=shape.conv.block)
 
+            def from_column(r: int, s: Any) -> Any:
+                return t.load(self.column, r, 0, lanes=shape.conv.block)
+
+            def computed(s: Any) -> Any:
+                return t.sequence(*(self._compute(self.column, r, (*at, row + r, column + s)) for r in range(v.inputs)))
+
             inside = tirx.all(row >= 0, column >= 0, row + v.inputs <= shape.conv.h, column + h.inputs <= shape.conv.w)
             border = t.sequence(self._gather(at, row, column), self._transform_input(from_patch, into))
             if not shape.has_inner_tiles:
                 return border
+            if self.x is None:
+                return t.when(inside, self._transform_input(from_column, into, computed), border)
             return t.when(inside, self._transform_input(from_input, into), border)
 
         return t.loop(shape.conv.ic_blocks, lambda c: t.loop(self._covered(tiles), lambda i: one(c, i), "tile"), "ic")
@@ -134,6 +145,8 @@ class WinogradLoops:
         left, width = range_of(column, h.inputs, conv.w)
 
         def copy(r: Any, s: Any) -> Any:
+            if self.x is None:
+                return self._compute(self.patch, r * h.inputs + s, (*at, row + r, column + s))
             value = t.load(self.x, *at, row + r, column + s, 0, lanes=block)
             return t.store(self.patch, value, r * h.inputs + s, 0, lanes=block)
 
@@ -142,14 +155,20 @@ class WinogradLoops:
             t.loop(height, lambda r: t.loop(width, lambda s: copy(r, s), "s", left), "r", top),
         )
 
-    def _transform_input(self, read: Any, into: Any) -> Any:
-        """Write B' x D of one tile, its columns first, then its rows."""
+    def _compute(self, buffer: Any, into: Any, at: tuple[Any, ...]) -> Any:
+        """Compute the input at a pixel by the prologue."""
+        t = self.t
+        return t.vectorized(self.shape.conv.block, lambda c: t.store(buffer, self.body.operand((*at, c)), into, c))
+
+    def _transform_input(self, read: Any, into: Any, before: Any = lambda s: None) -> Any:
+        """Write B' x D of one tile, its columns first, then its rows; `before` a column run its statements."""
         t, v, h, block = self.t, self.vertical, self.horizontal, self.shape.conv.block
 
         def column(s: Any) -> Any:
             sums = _transformed(v, [read(r, s) for r in range(v.inputs)])
             return t.sequence(
-                *(t.store(self.half, value, a * h.inputs + s, 0, lanes=block) for a, value in enumerate(sums))
+                before(s),
+                *(t.store(self.half, value, a * h.inputs + s, 0, lanes=block) for a, value in enumerate(sums)),
             )
 
         def row(a: Any) -> Any:

@@ -49,6 +49,7 @@ from cnnc.ops.reshape import Expand, Reshape, Tile, Transpose
 from cnnc.ops.resize import Resize
 from cnnc.ops.scan import ArgMax, ArgMin, CumSum
 from cnnc.ops.scatter import ScatterElements, ScatterNd
+from cnnc.ops.shuffle import ShuffleChannels
 from cnnc.ops.slice import Slice
 from cnnc.ops.softmax import LogSoftmax, Softmax
 from cnnc.ops.source import Constant, Input, Parameter, constant, graph_input
@@ -206,6 +207,7 @@ __all__ = [
     "Schedule",
     "Selu",
     "Shrink",
+    "ShuffleChannels",
     "Sigmoid",
     "Sign",
     "Silu",

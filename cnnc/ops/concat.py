@@ -64,20 +64,9 @@ class Concat(Op):
         return np.concatenate(parts, self.axis)
 
     def compute(self, te: Any, xs: Sequence[Any], types: Sequence[TensorType]) -> Sequence[Any]:
-        """Choose the part by bisection: each element takes log2(parts) comparisons."""
-        sizes = fixed(self.name, [t.shape[self.axis] for t in types])
-        starts = [0, *accumulate(sizes)]
-
-        def read(first: int, last: int, index: Sequence[Any]) -> Any:
-            if first == last:
-                where = index[self.axis] - starts[first]
-                return te.at(xs[first], types[first], *index[: self.axis], where, *index[self.axis + 1 :])
-            middle = (first + last + 1) // 2
-            below = index[self.axis] < starts[middle]
-            return te.where(below, read(first, middle - 1, index), read(middle, last, index))
-
+        """Choose the part of each element."""
         out = infer_types(self, tuple(types))[0]
-        return [tensor(te, out, lambda *index: read(0, len(xs) - 1, index), self.name)]
+        return [tensor(te, out, lambda *index: read_joined(te, xs, types, self.axis, index), self.name)]
 
     def flops(self, *parts: TensorType) -> int:
         """No arithmetic."""
@@ -98,6 +87,20 @@ class Concat(Op):
         yield Example(cls(3), tuple(TensorType((2, 5, 3, w), DType.F32, blocked) for w in (2, 3)))
         for dtype in (DType.F16, DType.I64, DType.U8, DType.BOOL):
             yield Example(cls(1), (TensorType((2, 3), dtype), TensorType((2, 2), dtype)))
+
+
+def read_joined(te: Any, xs: Sequence[Any], types: Sequence[TensorType], axis: int, index: Sequence[Any]) -> Any:
+    """Write an element of the tensors joined along an axis; it is found by bisection: log2(parts) comparisons."""
+    starts = [0, *accumulate(fixed("concat", [t.shape[axis] for t in types]))]
+
+    def read(first: int, last: int) -> Any:
+        if first == last:
+            where = index[axis] - starts[first]
+            return te.at(xs[first], types[first], *index[:axis], where, *index[axis + 1 :])
+        middle = (first + last + 1) // 2
+        return te.where(index[axis] < starts[middle], read(first, middle - 1), read(middle, last))
+
+    return read(0, len(xs) - 1)
 
 
 @dataclass(frozen=True)

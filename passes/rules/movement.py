@@ -14,6 +14,7 @@ from cnnc.ops.layout_transform import LayoutTransform
 from cnnc.ops.pad import Pad
 from cnnc.ops.reduce import ReduceMax, ReduceMean, ReduceMin, ReduceSum
 from cnnc.ops.reshape import Expand, Reshape, Tile, Transpose
+from cnnc.ops.shuffle import ShuffleChannels
 from cnnc.ops.slice import Slice
 from cnnc.passes.constants import array_of
 
@@ -111,6 +112,44 @@ def gather_one(v: Value) -> Value | None:
     return None
 
 
+def shuffle_channels(v: Value) -> Value | None:
+    """reshape(transpose(reshape(x, [N, g, C/g, ...]), 1 <-> 2), [N, C, ...]) -> shuffle_channels(x)."""
+    match v.node:
+        case Node(Reshape(), (Value(Node(Transpose(perm), (Value(Node(Reshape(), (x,))) as parts,))),)):
+            if x.type.layout is not None or x.type.rank < 3 or x.shape != v.shape or parts.type.rank != x.type.rank + 1:
+                return None
+            turned = (0, 2, 1, *range(3, parts.type.rank))
+            if perm != turned or (parts.shape[0], *parts.shape[3:]) != (x.shape[0], *x.shape[2:]):
+                return None
+            groups, channels = parts.shape[1], x.shape[1]
+            if not isinstance(groups, int) or not isinstance(channels, int) or groups < 1:
+                return None
+            return call(ShuffleChannels(groups, 0, channels), x)
+    return None
+
+
+def shuffle_of_concat(v: Value) -> Value | None:
+    """shuffle_channels(concat(a, b)) -> shuffle_channels(a, b), where nothing else reads what is joined."""
+    match v.node:
+        case Node(ShuffleChannels() as op, (Value(Node(Concat(1), parts)) as x,)) if sole_use(x):
+            return call(op, *parts)
+    return None
+
+
+def part_of_shuffle(v: Value) -> Value | None:
+    """split(shuffle_channels(x)), and slices of channels -> shuffle_channels(x) of fewer channels."""
+    match v.node:
+        case Node(Split(1, sizes), (Value(Node(ShuffleChannels() as op, parts)),)):
+            start = op.start + sum(sizes[: v.index])
+            return call(ShuffleChannels(op.groups, start, sizes[v.index]), *parts)
+        case Node(Slice(starts, _, steps), (Value(Node(ShuffleChannels() as op, parts)) as x,)):
+            others = v.shape[:1] + v.shape[2:] == x.shape[:1] + x.shape[2:]
+            if not others or any(s != 1 for s in steps) or not isinstance(v.shape[1], int) or not v.shape[1]:
+                return None
+            return call(ShuffleChannels(op.groups, op.start + starts[1], v.shape[1]), *parts)
+    return None
+
+
 MOVEMENT = (
     move_nothing,
     reshape_twice,
@@ -121,4 +160,7 @@ MOVEMENT = (
     keep_reduced_axes,
     slice_of_slice,
     gather_one,
+    shuffle_channels,
+    shuffle_of_concat,
+    part_of_shuffle,
 )

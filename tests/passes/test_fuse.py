@@ -30,6 +30,7 @@ from cnnc.ops import (
     constant,
 )
 from cnnc.passes.fuse import Fuse
+from cnnc.target import Target
 from tests.passes.graphs import check, conv, graph_of, image, operators, weights
 
 FUSE = Fuse()
@@ -115,6 +116,88 @@ def test_a_residual_joins_one_of_two_convolutions(rng):
 def test_a_consumer_of_another_shape_stays_out(rng):
     y = conv(image(1, 3, 1, 1), weights(rng, 4, 3, 1, 1))
     assert operators(check(FUSE, graph_of(call(Add(), y, image(1, 4, 5, 5, label="z"))), rng)) == ["conv", "add"]
+
+
+class Eager:
+    """A template that takes every prologue."""
+
+    def takes_prologue(self, kernel: Fused, target: Target) -> bool:
+        return True
+
+
+class Reluctant:
+    """A template that takes prologues of one operator."""
+
+    def takes_prologue(self, kernel: Fused, target: Target) -> bool:
+        return operators(kernel.body)[1] == "conv"
+
+
+WITH_PROLOGUES = Fuse(templates=(Eager(),))
+
+
+def normalised(rng, x: Value) -> Value:
+    channels = x.type.static_shape[1]
+    return call(Relu(), call(Add(), call(Mul(), x, weights(rng, channels, 1, 1)), weights(rng, channels, 1, 1)))
+
+
+def test_golden_of_prologues(rng, golden):
+    x = image(1, 4, 6, 6)
+    y = conv(normalised(rng, x), weights(rng, 4, 4, 3, 3), pad=1)
+    joined = call(Concat(1), x, y)
+    graph = graph_of(call(Add(), y, x), conv(normalised(rng, joined), weights(rng, 2, 8, 1, 1)))
+    done = check(WITH_PROLOGUES, graph, rng)
+    assert operators(done) == ["mul+add+relu+conv", "add", "concat", "mul+add+relu+conv"]
+    golden("fuse_prologue", print_graph(graph) + print_graph(done))
+
+
+def test_a_prologue_needs_a_template_that_takes_it(rng):
+    x = image(1, 4, 6, 6)
+    graph = graph_of(
+        conv(call(Relu(), x), weights(rng, 4, 4, 1, 1)), conv(normalised(rng, x), weights(rng, 4, 4, 1, 1))
+    )
+    assert sorted(operators(check(FUSE, graph, rng))) == ["conv", "conv", "mul+add+relu", "relu"]
+    some = Fuse(templates=(Reluctant(), object()))
+    assert sorted(operators(check(some, graph, rng))) == ["conv", "mul+add+relu", "relu+conv"]
+
+
+def test_what_is_no_prologue(rng):
+    x = image(1, 4, 6, 6)
+    w = weights(rng, 4, 4, 1, 1)
+    # Two readers, or the caller, want the value itself, ...
+    y = normalised(rng, x)
+    assert operators(check(WITH_PROLOGUES, graph_of(conv(y, w), conv(y, w)), rng)) == ["mul+add+relu", "conv", "conv"]
+    assert operators(check(WITH_PROLOGUES, graph_of(conv(y, w), y), rng))[:2] == ["mul+add+relu", "conv"]
+    # ... it is the weight, or both, ...
+    v = image(4, 4, 1, 1, label="v")
+    assert operators(check(WITH_PROLOGUES, graph_of(conv(x, call(Relu(), v))), rng)) == ["relu", "conv"]
+    # ... more than elements of one image, ...
+    pooled = call(MaxPool((3, 3), (1, 1), (1,) * 4, (1, 1)), x)
+    assert operators(check(WITH_PROLOGUES, graph_of(conv(pooled, w)), rng)) == ["max_pool", "conv"]
+    turned = call(Transpose((0, 1, 3, 2)), x)
+    assert operators(check(WITH_PROLOGUES, graph_of(conv(turned, w)), rng)) == ["transpose", "conv"]
+    # ... or too many operators.
+    few = Fuse(most=3, templates=(Eager(),))
+    assert operators(check(few, graph_of(conv(normalised(rng, x), w)), rng)) == ["mul+add+relu", "conv"]
+
+
+def test_an_image_that_dies_is_written_over_instead(rng):
+    """The gate of squeeze-and-excitation is computed from the image, so nobody reads that after the product."""
+    x = image(1, 4, 6, 6)
+    y = call(Relu(), conv(x, weights(rng, 4, 4, 3, 3), pad=1))
+    gate = call(Sigmoid(), conv(call(ReduceMean((2, 3)), y), weights(rng, 4, 4, 1, 1)))
+    scaled = conv(call(Mul(), y, gate), weights(rng, 2, 4, 1, 1))
+    assert operators(check(WITH_PROLOGUES, graph_of(scaled), rng))[-2:] == ["mul", "conv"]
+    # A later reader keeps it: now the product would be a second image.
+    done = check(WITH_PROLOGUES, graph_of(scaled, call(Exp(), y)), rng)
+    assert "mul+conv" in operators(done)
+
+
+def test_what_flows_into_a_prologue_joins_it(rng):
+    """Two elementwise groups that meet before a convolution; what moves data stays outside."""
+    x, z = image(1, 4, 6, 6), image(1, 4, 6, 6, label="z")
+    both = call(Add(), normalised(rng, x), call(Exp(), call(Transpose((0, 1, 3, 2)), z)))
+    done = check(WITH_PROLOGUES, graph_of(conv(both, weights(rng, 4, 4, 1, 1))), rng)
+    assert operators(done) == ["transpose+exp", "mul+add+relu+add+conv"]
 
 
 def test_producers_move_where_they_are_read_once(rng):

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from cnnc.ir.graph import Graph
 from cnnc.options import LEVELS
 from cnnc.passes.check_plan import check_plan
+from cnnc.passes.fuse import Fuse
 from cnnc.passes.pipeline import pipeline, run_pipeline
 from cnnc.passes.plan_memory import live_bytes, plan_memory
 from cnnc.passes.registry import parse_passes
 from cnnc.target import Target
 from tests.passes.graphs import TARGET, assert_same_numbers, check
 from tests.passes.random_graphs import networks
+from tests.passes.test_fuse import Eager
 from tests.passes.test_pipeline import Anything
 
 MANY = settings(
@@ -33,6 +35,12 @@ PASSES = (
 def test_a_pass_keeps_the_numbers(name: str, graph: Graph, seed: int):
     (step,) = parse_passes(name)
     check(step, graph, np.random.default_rng(seed))
+
+
+@given(graph=networks(), most=st.sampled_from([4, 32]), seed=st.integers(0, 1000))
+@MANY
+def test_prologues_keep_the_numbers(graph: Graph, most: int, seed: int):
+    check(Fuse(most=most, templates=(Eager(),)), graph, np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("arch", ["x86-64-v2", "x86-64-v4"])

@@ -42,6 +42,7 @@ from cnnc.ops import (
     ReduceMean,
     Relu,
     Reshape,
+    ShuffleChannels,
     Sigmoid,
     Silu,
     Slice,
@@ -138,6 +139,50 @@ def test_small_powers_are_products(rng):
     assert operators(check(SIMPLIFY, graph_of(call(Pow(), x, number(3))), rng)) == ["mul", "mul"]
     assert operators(check(SIMPLIFY, graph_of(call(Pow(), x, number(2.5))), rng)) == ["pow"]
     assert operators(check(SIMPLIFY, graph_of(call(Pow(), x, number(0.5))), rng)) == ["pow"]
+
+
+def shuffled(x: Value, groups: int, *perm: int) -> Value:
+    n, c, *rest = x.type.static_shape
+    parts = call(Reshape((n, groups, c // groups, *rest)), x)
+    return call(Reshape(x.shape), call(Transpose(perm or (0, 2, 1, *range(3, 3 + len(rest)))), parts))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 3, 5), (1, 8, 4), (1, 4, 2, 1, 3)])
+def test_channel_shuffles(rng, shape):
+    done = check(SIMPLIFY, graph_of(shuffled(image(*shape), 2)), rng)
+    assert [n.op for n in done.nodes[1:]] == [ShuffleChannels(2, 0, shape[1])]
+
+
+def test_what_is_no_channel_shuffle(rng):
+    for y in (shuffled(image(1, 4, 4, 4), 2, 0, 1, 3, 2, 4), shuffled(image(2, 4, 2, 2), 2, 1, 2, 0, 3, 4)):
+        assert "shuffle_channels" not in operators(check(SIMPLIFY, graph_of(y), rng))
+    # The rows, not the channels, are dealt out.
+    parts = call(Transpose((0, 2, 1, 3)), call(Reshape((4, 2, 3, 5)), image(4, 6, 5)))
+    assert "shuffle_channels" not in operators(check(SIMPLIFY, graph_of(call(Reshape((2, 12, 5)), parts)), rng))
+
+
+def test_shuffles_take_in_what_is_joined_before_and_split_behind(rng):
+    a, b = image(2, 3, 4, 4, label="a"), image(2, 5, 4, 4, label="b")
+    y = shuffled(call(Concat(1), a, b), 4)
+    done = check(SIMPLIFY, graph_of(*call(Split(1, (2, 6)), y).node.values), rng)
+    assert [n.op for n in done.nodes if n.inputs] == [ShuffleChannels(4, 0, 2), ShuffleChannels(4, 2, 6)]
+    assert all(len(n.inputs) == 2 for n in done.nodes if n.inputs)
+    cut = call(Slice((0, 3, 0, 0), (2, 4, 4, 4), (1, 1, 1, 1)), y)
+    assert [n.op for n in check(SIMPLIFY, graph_of(cut), rng).nodes if n.inputs] == [ShuffleChannels(4, 3, 4)]
+
+
+def test_what_shuffles_do_not_take_in(rng):
+    joined = call(Concat(1), image(2, 4, 4, 4, label="a"), image(2, 4, 4, 4, label="b"))
+    done = check(SIMPLIFY, graph_of(shuffled(joined, 2), call(Relu(), joined)), rng)
+    assert sorted(operators(done)) == ["concat", "relu", "shuffle_channels"]
+    y = shuffled(image(2, 8, 4, 4), 2)
+    for starts, sizes, steps in (
+        ((0, 0, 1, 0), (2, 8, 2, 4), (1, 1, 1, 1)),
+        ((0, 0, 0, 0), (2, 4, 4, 4), (1, 2, 1, 1)),
+    ):
+        done = check(SIMPLIFY, graph_of(call(Slice(starts, sizes, steps), y)), rng)
+        assert operators(done) == ["shuffle_channels", "slice"]
+    assert "split" in operators(check(SIMPLIFY, graph_of(*call(Split(2, (1, 3)), y).node.values), rng))
 
 
 @pytest.mark.parametrize("dtype", [DType.F32, DType.I32])
