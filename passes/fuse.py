@@ -2,7 +2,8 @@
 
     relu(add(conv(x, w), r)) -> fused(x, w, r) {conv, add, relu}
 
-Afterwards every computing node is a `Fused`; inputs, constants and views stay as they are.  Three steps:
+Afterwards every computing node is a `Fused`; inputs, constants and views stay as they are.  A conversion of a constant,
+as of a weight stored in 16 bits, moves into the reduction that reads it, whatever else.  Three steps:
 
 1. From each reduction (convolution, pooling, ...), then from each remaining node, a group grows forward over
    elementwise consumers of the same shape, through diamonds too, as long as one value leaves the group.
@@ -24,6 +25,7 @@ from cnnc.ir.build import call
 from cnnc.ir.graph import Graph, Node, Value
 from cnnc.ir.op import Kind
 from cnnc.ir.rewrite import rebuild, substitute
+from cnnc.ops.cast import Cast
 from cnnc.ops.fused import Fused
 from cnnc.ops.reshape import Reshape
 from cnnc.ops.source import Constant, Input
@@ -36,7 +38,7 @@ SOURCES = ("input", "parameter", "constant")
 
 @dataclass(frozen=True)
 class Fuse(Pass):
-    """Make kernels; with `grow` off each holds one operator.  `most` bounds the operators of a kernel."""
+    """Make kernels; with `grow` off each holds one operator, weights converted.  `most` bounds the operators of one."""
 
     grow: bool = True
     most: int = 32
@@ -44,6 +46,7 @@ class Fuse(Pass):
     def run(self, graph: Graph, target: Target) -> Graph:
         """Give the graph of kernels."""
         groups = _Groups(graph, self.most)
+        groups.move_conversions()
         if self.grow:
             groups.grow()
             groups.move_producers()
@@ -74,6 +77,17 @@ class _Groups:
         self.of = {node: _Group([node]) for node in self.graph.nodes if _computes(node)}
         self.outputs = set(self.graph.outputs)
 
+    def move_conversions(self) -> None:
+        """Move each conversion of a constant into the reduction that alone reads it: a kernel converts what it loads."""
+        for node in list(self.of):
+            if not isinstance(node.op, Cast) or not isinstance(node.inputs[0].op, Constant):
+                continue
+            views, consumer = self._only_consumer(node)
+            if consumer is not None and not views and consumer.op.kind is Kind.REDUCTION:
+                target = self.of[consumer]
+                target.nodes.insert(0, node)
+                self.of[node] = target
+
     def grow(self) -> None:
         """Let groups grow forward, reductions first: an epilogue costs them nothing."""
         nodes = list(self.of)
@@ -81,7 +95,7 @@ class _Groups:
             n for n in nodes if n.op.kind < Kind.REDUCTION
         ]:
             group = self.of[node]
-            if len(group.nodes) > 1 or len(node.types) > 1:
+            if group.anchor is not node or node is not group.nodes[-1] or len(node.types) > 1:
                 continue
             last: Node | None = node
             while last is not None:
@@ -244,7 +258,8 @@ def _body(group: _Group, leaving: Sequence[Value]) -> tuple[Graph, list[Value]]:
     def read(value: Value, reader: Node) -> None:
         if value.node in inside or value in new:
             return
-        if isinstance(value.op, Constant) and value.type.elements == 1 and reader.op.kind is Kind.ELEMENTWISE:
+        inside_code = reader.op.kind is Kind.ELEMENTWISE and not isinstance(reader.op, Cast)
+        if isinstance(value.op, Constant) and value.type.elements == 1 and inside_code:
             new[value] = value
             return
         new[value] = call(Input(f"x{len(inputs)}", value.type), loc=())

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cnnc.backends.cpu.machine import Machine
 from cnnc.errors import VerifyError
-from cnnc.ir.graph import Node
+from cnnc.ir.graph import Graph, Node, Value
 from cnnc.ir.op import Kind
 from cnnc.ir.types import DType, TensorType
+from cnnc.ops.cast import Cast
 from cnnc.ops.fused import Fused, Schedule
 from cnnc.target import Target
 
 if TYPE_CHECKING:
     from cnnc.backends.cpu.body import Body
 
-__all__ = ["anchor_of", "body_after", "body_of", "machine_of", "params_of", "schedule_of"]
+__all__ = [
+    "anchor_of",
+    "body_after",
+    "body_of",
+    "machine_of",
+    "operand_bytes",
+    "params_of",
+    "schedule_of",
+    "stored_operand",
+]
 
 Params = TypeVar("Params")
 
@@ -43,11 +54,12 @@ def params_of(kind: type[Params], schedule: Schedule) -> Params:
     return kind(**dict(schedule.params))
 
 
-def anchor_of(kernel: Fused, target: Target, *names: str) -> Node | None:
+def anchor_of(kernel: Fused, target: Target, *names: str, narrow: Collection[int] = ()) -> Node | None:
     """Give the operator of one of these names that a kernel is about, if the rest can follow it in registers.
 
     That is: everything is float32 of fixed, non-empty shape, the anchor reads inputs of the kernel, and every
-    operator that depends on it is elementwise, in its shape and layout.
+    operator that depends on it is elementwise, in its shape and layout.  Operands at the positions `narrow` may be
+    stored in 16 bits, and converted before the anchor reads them.
     """
     body = kernel.body
     if target.kind != "cpu" or len(body.outputs) != 1:
@@ -58,11 +70,15 @@ def anchor_of(kernel: Fused, target: Target, *names: str) -> Node | None:
     if len(nodes) != 1 or nodes[0].op.name not in names or len(nodes[0].types) != 1:
         return None
     anchor = nodes[0]
-    types = [type_ for node in body.nodes for type_ in node.types]
-    if any(not t.is_static or t.dtype is not DType.F32 or 0 in t.static_shape for t in types):
+    types = {value: value.type for node in body.nodes for value in node.values}
+    if any(not t.is_static or 0 in t.static_shape for t in types.values()):
+        return None
+    stored = {stored_operand(v) if i in narrow else v for i, v in enumerate(anchor.inputs)}
+    wide = {v for v, t in types.items() if t.dtype is DType.F32}
+    if not all(v in wide or (v in stored and _is_converted_only(v, body)) for v in types):
         return None
     inputs = set(body.inputs)
-    if not all(value in inputs for value in anchor.inputs):
+    if not stored <= inputs:
         return None
     result = anchor.types[0]
     dependent = {anchor}
@@ -76,6 +92,23 @@ def anchor_of(kernel: Fused, target: Target, *names: str) -> Node | None:
     return anchor if body.outputs[0].node in dependent else None
 
 
+def stored_operand(operand: Value) -> Value:
+    """Give what an operand of an anchor is converted from, if it is stored in 16 bits; else the operand itself."""
+    if isinstance(operand.op, Cast) and operand.inputs[0].dtype in (DType.F16, DType.BF16):
+        return operand.inputs[0]
+    return operand
+
+
+def operand_bytes(operand: Value) -> int:
+    """Give the bytes that a number of an anchor's operand takes in memory."""
+    return stored_operand(operand).dtype.itemsize
+
+
+def _is_converted_only(value: Value, body: Graph) -> bool:
+    """Whether a value is read by conversions and nothing else."""
+    return value not in body.outputs and all(isinstance(user.op, Cast) for user in body.users[value])
+
+
 def body_of(kernel: Fused, anchor: Node) -> Body:
     """Give the tensor expressions of a kernel, the anchor being its one reduction."""
     from cnnc.backends.cpu.body import Body
@@ -84,7 +117,7 @@ def body_of(kernel: Fused, anchor: Node) -> Body:
     lowered = lower_kernel(kernel)
     final = lowered.outputs[0]
     placeholders = dict(zip(kernel.body.inputs, lowered.inputs, strict=True))
-    operands = tuple(placeholders[value] for value in anchor.inputs)
+    operands = tuple(placeholders[stored_operand(value)] for value in anchor.inputs)
     return Body(lowered.inputs, operands, _reduction(final), final, _guards_lanes_only(kernel, anchor))
 
 
@@ -105,7 +138,8 @@ def body_after(kernel: Fused, anchor: Node) -> Body:
 
 def _guards_lanes_only(kernel: Fused, anchor: Node) -> bool:
     """Tell whether all that follows the anchor reads its own element, or that of a vector along the channels."""
-    followers = [node for node in kernel.body.nodes if node is not anchor and node.op.name not in ("input", "constant")]
+    before = {anchor, *(value.node for value in anchor.inputs)}
+    followers = [node for node in kernel.body.nodes if node not in before and node.op.name not in ("input", "constant")]
     if any(node.op.kind is not Kind.ELEMENTWISE for node in followers):
         return False
     result = anchor.types[0]

@@ -15,6 +15,7 @@ class ConvShape:
     """A convolution: logical sizes, and the channel block of its layouts.
 
     `pad` is (top, left, bottom, right).  `plain_input`: the input is NCHW and the weight OIHW{block}o.
+    `weight_bytes` is what a number of the weight takes in memory.
     """
 
     n: int
@@ -30,6 +31,7 @@ class ConvShape:
     groups: int = 1
     block: int = 16
     plain_input: bool = False
+    weight_bytes: int = 4
 
     @property
     def oh(self) -> int:

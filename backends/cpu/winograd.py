@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, params_of, schedule_of
+from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, operand_bytes, params_of, schedule_of
 from cnnc.backends.cpu.conv_shape import ConvShape
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.segments import even_split
@@ -73,10 +73,10 @@ def cost(shape: WinogradShape, params: WinogradParams, machine: Machine) -> floa
     transforms = positions * params.tiles * (INPUT_CYCLES * conv.ic_blocks + OUTPUT_CYCLES * blocks)
     compute = products + transforms
 
-    weights = 4.0 * shape.vertical.weights * shape.horizontal.weights * channels * blocks * conv.block
+    weights = 1.0 * conv.weight_bytes * shape.vertical.weights * shape.horizontal.weights * channels * blocks * conv.block
     data = 4.0 * positions * channels * params.tiles
     sums = 4.0 * positions * params.tiles * params.group * conv.block
-    slab = 4.0 * channels * conv.block * min(params.group, 3)
+    slab = 1.0 * conv.weight_bytes * channels * conv.block * min(params.group, 3)
     readings = sum(count for _, count in even_split(params.tiles, params.pixels)) if slab > machine.l1 else 1
     near = (weights * readings + data * groups) / machine.l2_bytes
     far = 4.0 * shape.outputs * params.tiles * (channels * math.prod(conv.stride) + blocks * conv.block)
@@ -144,7 +144,7 @@ class Winograd:
 
     def build(self, kernel: Fused, schedule: Schedule, target: Target) -> Any:
         """Make the PrimFunc over the kernel's inputs, then its output."""
-        shape, anchor = _known_shape(kernel, target), anchor_of(kernel, target, "conv")
+        shape, anchor = _known_shape(kernel, target), anchor_of(kernel, target, "conv", narrow=(1,))
         if anchor is None:
             raise VerifyError(f"{self.name} cannot compute kernel {kernel.anchor}")
         return build(shape, params_of(WinogradParams, schedule), machine_of(target), body_of(kernel, anchor))
@@ -160,7 +160,7 @@ def _known_shape(kernel: Fused, target: Target) -> WinogradShape:
 @lru_cache(64)
 def _shape_of(kernel: Fused, target: Target) -> WinogradShape | None:
     """Give the convolution of a kernel, if this template can compute it."""
-    anchor = anchor_of(kernel, target, "conv")
+    anchor = anchor_of(kernel, target, "conv", narrow=(1,))
     if anchor is None or not isinstance(anchor.op, Conv):
         return None
     op, x, u, block = anchor.op, anchor.inputs[0].type, anchor.inputs[1].type, target.vector_lanes
@@ -172,4 +172,4 @@ def _shape_of(kernel: Fused, target: Target) -> WinogradShape | None:
     pad = (op.pad[0], op.pad[1], op.pad[2], op.pad[3])
     stride = (op.stride[0], op.stride[1])
     conv = ConvShape(n, ic, height, width, u.static_shape[0], kh, kw, stride=stride, pad=pad, block=block)
-    return WinogradShape(conv, tile)
+    return WinogradShape(replace(conv, weight_bytes=operand_bytes(anchor.inputs[1])), tile)
