@@ -3,8 +3,8 @@
     conv(x, w : f32) -> conv(x, cast{f32}(round(w) : bf16))
 
 The conversion back moves into the kernel (see fuse), which widens each number as it loads it; arithmetic and all other
-values stay f32.  A weight that `dtype` cannot hold, because a number in it would become infinite, stays what it is:
-`--why narrow_weights` and the compile report name it.
+values stay f32.  A weight that `dtype` cannot hold, because a number in it would become infinite, stays what it is,
+and so does a transformed one that no Winograd kernel reads: `--why narrow_weights` and the compile report name them.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ class NarrowWeights(Pass):
             return value if found is None else call(Cast(DType.F32), found, loc=value.node.loc)
 
         def visit(node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
+            if _is_recovered(node, inputs):
+                record_miss(RULE, f"{_name(inputs[1])} is transformed, but read by no Winograd kernel", node.loc)
+                return rebuild(node, inputs)
             weights = set(weight_positions(node.op))
             return rebuild(node, tuple(narrow(v) if i in weights else v for i, v in enumerate(inputs)))
 
@@ -69,14 +72,25 @@ class NarrowWeights(Pass):
             rounded = wide.astype(self.dtype.numpy)
         lost = np.isfinite(wide) & ~np.isfinite(rounded.astype(np.float32))
         if lost.any():
-            name = weight.op.label or "a weight"
-            reason = f"{name} : {weight.type} holds {wide[lost][0]:.6g}, too large for {self.dtype}"
+            reason = f"{_name(weight)} holds {wide[lost][0]:.6g}, too large for {self.dtype}"
             record_miss(RULE, reason, weight.node.loc)
             return None
         op = Constant(Literal(rounded), weight.op.label, weight.op.layout)
         narrowed = call(op, loc=weight.node.loc)
         record(RULE, weight, narrowed)
         return narrowed
+
+
+def _is_recovered(node: Node, inputs: tuple[Value, ...]) -> bool:
+    """Whether a convolution recovers its weight from a transformed one, which would add to the error of rounding."""
+    if not isinstance(node.op, Conv) or node.op.tile is None:
+        return False
+    return isinstance(inputs[1].op, Constant) and inputs[1].type.layout is None
+
+
+def _name(weight: Value) -> str:
+    label = weight.op.label if isinstance(weight.op, Constant) else ""
+    return f"{label or 'a weight'} : {weight.type}"
 
 
 def weight_positions(op: Op) -> tuple[int, ...]:

@@ -80,7 +80,7 @@ def cost(shape: ConvShape, params: DirectParams, machine: Machine) -> float:
 
     rows = shape.n * shape.oc_blocks // params.vectors * shape.oh
     compute = rows * _row_cycles(shape, params.pixels, params.vectors, machine) * waves
-    slab = 1.0 * shape.weight_bytes * params.vectors * shape.block * channels * shape.kh * shape.kw
+    slab = shape.weight_bytes * params.vectors * shape.block * channels * shape.kh * shape.kw
     tiles = sum(segment.count for segment in segments_of(shape, params.pixels))
     pixels_read = min(params.pixels * shape.stride[1] + shape.kw - 1, shape.w)
     tile_input = 4.0 * pixels_read * channels * shape.kh
@@ -130,7 +130,7 @@ def _mean_taps(shape: ConvShape) -> float:
 def _far_bytes(shape: ConvShape, params: DirectParams, machine: Machine, row_blocks: int, oc_slices: int) -> float:
     """Count the bytes that slices bring in from beyond L2, in the order they follow each other."""
     channels = shape.ic_blocks * shape.inner
-    weights = 1.0 * shape.weight_bytes * params.vectors * params.oc_tiles * shape.block * channels * shape.kh * shape.kw
+    weights = shape.weight_bytes * params.vectors * params.oc_tiles * shape.block * channels * shape.kh * shape.kw
     rows = min((params.rows - 1) * shape.stride[0] + shape.dilation[0] * (shape.kh - 1) + 1, shape.h)
     inputs = 4.0 * channels * rows * shape.w
     outer, inner, outer_count, inner_count = (

@@ -81,7 +81,7 @@ def cost(shape: DenseShape, params: DenseParams, machine: Machine) -> float:
     tile = steps * machine.tile_cycles(params.rows, params.outputs) + 4.0 * params.rows * params.outputs + 10.0
     slices = -(-output_tiles // params.tiles)
     waves = -(-slices // machine.threads) / slices
-    weights = 1.0 * shape.weight_bytes * shape.outputs * shape.inputs
+    weights = shape.weight_bytes * shape.outputs * shape.inputs
     inputs = 4.0 * params.rows * shape.inputs
     near = output_tiles * row_tiles * (inputs if inputs > machine.l1 / 2 else 0.0) / machine.l2_bytes
     far = weights / machine.memory_bytes / machine.threads
@@ -135,7 +135,9 @@ def build(shape: DenseShape, params: DenseParams, body: Body) -> Any:
             """Ask for weights early: hardware does so up to the end of a page only."""
             size = shape.weight_bytes
             near = size * outputs * shape.inputs <= FARTHEST
-            row, column = (first_output + outputs, step * lanes) if near else (first_output, step * lanes + PAGE // size)
+            row, column = (
+                (first_output + outputs, step * lanes) if near else (first_output, step * lanes + PAGE // size)
+            )
             return loops.unrolled(outputs, lambda o: loops.prefetch(weight, row + o, column), "o")
 
         rest = shape.inputs - whole * lanes

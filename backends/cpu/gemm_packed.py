@@ -85,7 +85,7 @@ def cost(shape: DenseShape, params: PackedParams, machine: Machine) -> float:
         step = step_cycles(machine, rows, VECTORS)
         compute += count * blocks * (step * shape.inputs + 14.0 + 2.0 * rows * VECTORS) * waves
 
-    block_bytes = 1.0 * shape.weight_bytes * VECTORS * shape.lanes * shape.inputs
+    block_bytes = shape.weight_bytes * VECTORS * shape.lanes * shape.inputs
     tile_bytes = 4.0 * params.rows * shape.inputs
     streamed = tile_bytes + (block_bytes if block_bytes + tile_bytes > 0.8 * machine.l1 else 0.0)
     near = row_tiles * blocks * streamed / machine.l2_bytes * waves

@@ -73,10 +73,10 @@ def cost(shape: WinogradShape, params: WinogradParams, machine: Machine) -> floa
     transforms = positions * params.tiles * (INPUT_CYCLES * conv.ic_blocks + OUTPUT_CYCLES * blocks)
     compute = products + transforms
 
-    weights = 1.0 * conv.weight_bytes * shape.vertical.weights * shape.horizontal.weights * channels * blocks * conv.block
+    weights = conv.weight_bytes * shape.vertical.weights * shape.horizontal.weights * channels * blocks * conv.block
     data = 4.0 * positions * channels * params.tiles
     sums = 4.0 * positions * params.tiles * params.group * conv.block
-    slab = 1.0 * conv.weight_bytes * channels * conv.block * min(params.group, 3)
+    slab = conv.weight_bytes * channels * conv.block * min(params.group, 3)
     readings = sum(count for _, count in even_split(params.tiles, params.pixels)) if slab > machine.l1 else 1
     near = (weights * readings + data * groups) / machine.l2_bytes
     far = 4.0 * shape.outputs * params.tiles * (channels * math.prod(conv.stride) + blocks * conv.block)

@@ -16,7 +16,7 @@ from cnnc.passes.pipeline import pipeline
 from tests.passes.graphs import TARGET, check, conv, graph_of, image, operators, weights
 
 FAST = Algorithm(
-    "fast", error=11.0, applies=lambda node: node.inputs[1].shape[2] == 3, seconds=lambda node, target: 0.0
+    "fast", error=11.0, applies=lambda node: node.inputs[1].shape[2] == 3, seconds=lambda node, target, stored: 0.0
 )
 
 
