@@ -78,7 +78,7 @@ class _Groups:
         self.outputs = set(self.graph.outputs)
 
     def move_conversions(self) -> None:
-        """Move each conversion of a constant into the reduction that alone reads it: a kernel converts what it loads."""
+        """Move each conversion of a constant into the reduction that alone reads it, which converts as it loads."""
         for node in list(self.of):
             if not isinstance(node.op, Cast) or not isinstance(node.inputs[0].op, Constant):
                 continue

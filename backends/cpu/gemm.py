@@ -133,11 +133,9 @@ def build(shape: DenseShape, params: DenseParams, body: Body) -> Any:
 
         def ahead(step: Any) -> Any:
             """Ask for weights early: hardware does so up to the end of a page only."""
-            size = shape.weight_bytes
-            near = size * outputs * shape.inputs <= FARTHEST
-            row, column = (
-                (first_output + outputs, step * lanes) if near else (first_output, step * lanes + PAGE // size)
-            )
+            near = shape.weight_bytes * outputs * shape.inputs <= FARTHEST
+            page = PAGE // shape.weight_bytes
+            row, column = (first_output + outputs, step * lanes) if near else (first_output, step * lanes + page)
             return loops.unrolled(outputs, lambda o: loops.prefetch(weight, row + o, column), "o")
 
         rest = shape.inputs - whole * lanes

@@ -31,7 +31,9 @@ from cnnc.profiler.engines import Runner, onnxruntime_runner
 @threads_option
 @compile_options
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def command(model: str, binary: str | None, against: str, tolerance: float | None, as_json: bool, **arguments: Any) -> int:
+def command(
+    model: str, binary: str | None, against: str, tolerance: float | None, as_json: bool, **arguments: Any
+) -> int:
     """Compare MODEL compiled (or BINARY made of it) with references; exit 1 if an output differs."""
     module = open_model(binary or model, arguments).module
     feeds = read_inputs(module.inputs, arguments)
