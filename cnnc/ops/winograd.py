@@ -202,20 +202,13 @@ def winograd_layout(input_block: int, output_block: int) -> Layout:
     return Layout(f"HWOI{input_block}i{output_block}o")
 
 
-def _inverses(type_: Sequence[int], tile: int, stride: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def spatial_matrices(type_: Sequence[int], tile: int, stride: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Give the left inverses of G and H, the least squares ones, for transformed weights of a shape."""
     kernel = spatial_kernel(tile, type_[2:], stride)
     if kernel is None:
         raise ShapeError(f"no weight is transformed into {list(type_)} for tile={tile}, stride={tuple(stride)}")
     g, h = weight_matrices(tile, kernel, stride)
     return np.linalg.pinv(g), np.linalg.pinv(h)
-
-
-def spatial_weight(u: np.ndarray, tile: int, stride: Sequence[int]) -> np.ndarray:
-    """Give the weight w[O,I,...] of a transformed one u[O,I,...], in float64."""
-    g, h = _inverses(u.shape, tile, stride)
-    weight: np.ndarray = np.einsum("ra,oiab,sb->oirs", g, u.astype(np.float64), h, optimize=True)
-    return weight
 
 
 def winograd_conv(x: np.ndarray, u: np.ndarray, tile: int, window: Window, output: Sequence[int]) -> np.ndarray:
@@ -248,9 +241,9 @@ def winograd_conv(x: np.ndarray, u: np.ndarray, tile: int, window: Window, outpu
 
 
 def spatial_weight_tensor(te: Any, u: Any, type_: TensorType, tile: int, stride: Sequence[int]) -> Any:
-    """Describe `spatial_weight` as a tensor: one 1-D transform after the other."""
+    """Describe the weight of a transformed one as a tensor: one 1-D transform after the other."""
     o, i, height, width = type_.static_shape
-    rows, columns = (matrix.tolist() for matrix in _inverses(type_.static_shape, tile, stride))
+    rows, columns = (matrix.tolist() for matrix in spatial_matrices(type_.static_shape, tile, stride))
     half = te.compute(
         (o, i, len(rows), width),
         lambda o, i, r, b: _combined(te, rows, r, [te.at(u, type_, o, i, a, b) for a in range(height)], type_.dtype),
