@@ -254,3 +254,14 @@ def test_a_template_takes_narrow_weights_but_no_narrow_activations(rng):
     # Nor where something else reads the 16 bits.
     both = Graph("kernel", (y, w), (call(op, y, call(Cast(DType.F32), w)), w))
     assert not ConvDirect().matches(Fused(both, "conv"), V3)
+
+
+@pytest.mark.parametrize(("cpu", "shape"), [("znver3", (10, 84)), ("znver4", (84, 120)), ("znver5", (10, 84))])
+def test_code_for_amd_has_no_sse4a(rng, cpu: str, shape: tuple[int, int]):
+    """LLVM moves 16-bit numbers with `insertq` where it may; what a binary checks before it runs knows no SSE4A."""
+    target = Target.parse(f"cpu:{cpu}")
+    _, narrow = compiled(graph_of(layer(1, shape[1], w=shape)(rng)), "bf16", target)
+    (fused,) = kernels(narrow)
+    assert fused.schedule is not None
+    func = template(fused.schedule.template).build(fused, fused.schedule, target)
+    assert not re.search(r"\b(insertq|extrq|movntss)\b", kernel_text(func, "kernel", target, "s"))
