@@ -3,7 +3,7 @@
     relu(add(conv(x, w), r)) -> fused(x, w, r) {conv, add, relu}
 
 Afterwards every computing node is a `Fused`; inputs, constants and views stay as they are.  A conversion of a constant,
-as of a weight stored in 16 bits, moves into the reduction that reads it, whatever else.  Three steps:
+as of a weight stored in 16 bits, goes into the kernel of the reduction that reads it.  Then there are three steps:
 
 1. From each reduction (convolution, pooling, ...), then from each remaining node, a group grows forward over
    elementwise consumers of the same shape, through diamonds too, as long as one value leaves the group.
