@@ -22,6 +22,7 @@ from cnnc.errors import ModelError, UnsupportedError, UsageError
 from cnnc.ir.graph import Graph
 from cnnc.ir.rewrite import RewriteLog
 from cnnc.ir.text import print_graph
+from cnnc.ir.types import DType
 from cnnc.ir.verify import verify
 from cnnc.module import Module
 from cnnc.options import Limits
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from cnnc.frontends.dsl import Network
     from cnnc.passes.plan_memory import MemoryPlan
+    from cnnc.passes.weight_report import WeightReport
 
 Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | Network | Graph"
 
@@ -44,7 +46,8 @@ class Options:
     the weights once; `level` is the optimisation level 0..3; `passes`
     replaces the pipeline of that level; `dump_ir` is a folder for the IR after each pass that changed it;
     `exact` keeps convolutions to the very products of the definition, which forbids Winograd's algorithm; `small`
-    gives that algorithm's larger weights no more than a tenth of the model's bytes;
+    gives that algorithm's larger weights no more than a tenth of the model's bytes; `weights` is the type that weights
+    of convolutions and fully connected layers are stored in, f32, f16 or bf16, arithmetic being f32 in any case;
     `records` are the tuned schedules to use: the user's own (True), none (False), or those of a file; shipped ones
     come after them; `cache` off compiles every kernel anew; `name` is what the C functions begin with, by default
     the name of the ONNX file or of the network.
@@ -58,6 +61,7 @@ class Options:
     passes: str | None = None
     exact: bool = False
     small: bool = False
+    weights: str = "f32"
     dump_ir: Path | None = None
     limits: Limits = field(default_factory=Limits)
     records: Path | bool = True
@@ -74,6 +78,7 @@ class Options:
             "passes": self.passes,
             "exact": self.exact,
             "small": self.small,
+            "weights": self.weights,
             "records": self.records is not False,
             "shapes": shapes,
         }
@@ -107,6 +112,8 @@ class Report:
     kernels_compiled: int = 0
     arena_bytes: int = 0
     weight_bytes: int = 0
+    stored: WeightReport | None = None
+    """What became of the weights, if they were to be stored in 16 bits."""
 
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -136,6 +143,7 @@ def compile(
     passes: str | None = None,
     exact: bool = False,
     small: bool = False,
+    weights: str = "f32",
     dump_ir: str | os.PathLike[str] | None = None,
     limits: Limits | None = None,
     records: str | os.PathLike[str] | bool = True,
@@ -159,6 +167,7 @@ def compile(
         passes=passes,
         exact=exact,
         small=small,
+        weights=weights,
         dump_ir=Path(dump_ir) if dump_ir is not None else None,
         limits=limits or Limits(),
         records=records if isinstance(records, bool) else Path(records),
@@ -211,10 +220,12 @@ def lower(graphs: Sequence[Graph], options: Options, report: Report) -> Lowered:
     from cnnc.backends.records import tuned_records
     from cnnc.passes.pipeline import pipeline, run_together
     from cnnc.passes.plan_memory import plan_memory
+    from cnnc.passes.weight_report import describe_weights, weight_type
 
     for graph in graphs:
         _refuse_open_sizes(graph)
     target = Target.parse(options.target, options.threads)
+    weights = weight_type(options.weights, target)
     disk = DiskCache() if options.cache else None
     memory = ScheduleMemory(ScheduleCache(disk))
     records = tuned_records(options.records, target, disk)
@@ -223,12 +234,15 @@ def lower(graphs: Sequence[Graph], options: Options, report: Report) -> Lowered:
         memory=memory,
         exact=options.exact,
         small=options.small,
+        weights=weights,
     )
     lowered = run_together(
         *(graphs, target, chosen), dump_dirs=_dump_folders(options), log=report.rewrites, timings=report.passes
     )
     for note in records.notes:
         warnings.warn(note, stacklevel=2)
+    if weights is not DType.F32:
+        report.stored = describe_weights(lowered, weights, report.rewrites.missed)
     return Lowered(lowered, tuple(plan_memory(graph, target) for graph in lowered), target)
 
 

@@ -112,8 +112,9 @@ class Target:
 
     @property
     def llvm_attrs(self) -> tuple[str, ...]:
-        """LLVM's feature switches: without this one it halves the vectors of several AVX-512 CPUs."""
-        return ("-prefer-256-bit",) if "avx512f" in self.features else ()
+        """LLVM's feature switches: no halved vectors on AVX-512 CPUs, and of AMD's no SSE4A, which `features` lacks."""
+        wide = ("-prefer-256-bit",) if "avx512f" in self.features else ()
+        return (*wide, "-sse4a") if self.arch.startswith("znver") else wide
 
     def with_threads(self, threads: int) -> Target:
         """Give the same target for another thread count."""

@@ -10,6 +10,13 @@ wherever a tile holds one, and near the largest floats: `exact` forbids them.
 
 Graphs of one network for several batch sizes share the choice, and so the weights; a layer's seconds count as its share
 of a graph's.
+Where weights are stored in 16 bits, transformed ones are too, and their rounding error grows on the way back to the
+output by the factor
+
+    sqrt(product over both axes of mean over i of sum over a of A_ia^2 |G_a|^2 |B_a|^2 / k)
+
+(of uncorrelated weights and inputs: 1.7 for 3x3 and tiles of 2x2, 5.1 for tiles of 4x4, 19 for 5x5 and those).  What
+would round to more than `MOST_ROUNDING` is not considered.
 """
 
 from __future__ import annotations
@@ -29,13 +36,14 @@ from cnnc.ir.rewrite import rewrite
 from cnnc.ir.types import DType, TensorType
 from cnnc.ops.conv import Conv
 from cnnc.ops.source import Constant
-from cnnc.ops.winograd import WinogradWeight, is_supported, transforms, winograd_tile
+from cnnc.ops.winograd import Transform, WinogradWeight, is_supported, transforms, winograd_tile
 from cnnc.passes.constants import array_of
 from cnnc.passes.registry import Pass
 from cnnc.target import Target
 
 Applies: TypeAlias = Callable[[Node], bool]
-Seconds: TypeAlias = Callable[[Node, Target], float]
+Seconds: TypeAlias = Callable[[Node, Target, DType], float]
+"""Of a node, for a target, with weights stored in a type."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +85,10 @@ def _together(arithmetic: float, reading: float) -> float:
     return max(arithmetic, reading) + EXPOSED * min(arithmetic, reading)
 
 
-def _direct_seconds(node: Node, target: Target) -> float:
+def _direct_seconds(node: Node, target: Target, stored: DType) -> float:
     """Count the multiply-adds of the definition."""
     flops = node.op.flops(*(v.type for v in node.inputs))
-    weights = node.inputs[1].type.nbytes
+    weights = stored.itemsize * node.inputs[1].type.elements
     return _together(flops / (2 * target.vector_lanes * FMA_A_SECOND), weights / BYTES_A_SECOND)
 
 
@@ -91,7 +99,7 @@ def _stride(node: Node) -> tuple[int, ...]:
 def _winograd_seconds(tile: int) -> Seconds:
     """Count the products of each position of each tile, and the transforms."""
 
-    def seconds(node: Node, target: Target) -> float:
+    def seconds(node: Node, target: Target, stored: DType) -> float:
         n, oc, height, width = node.types[0].static_shape
         _, ic, *kernel = node.inputs[1].type.static_shape
         vertical, horizontal = transforms(tile, kernel, _stride(node))
@@ -99,7 +107,7 @@ def _winograd_seconds(tile: int) -> Seconds:
         tiles = n * -(-height // vertical.tile) * -(-width // horizontal.tile)
         products = 1.06 * ic_blocks * target.vector_lanes * oc_blocks
         work = vertical.positions * horizontal.positions * (products + DATA_FMA * ic_blocks + OUTPUT_FMA * oc_blocks)
-        weights = 4 * vertical.weights * horizontal.weights * ic * oc
+        weights = stored.itemsize * vertical.weights * horizontal.weights * ic * oc
         return _together(tiles * work / FMA_A_SECOND, weights / BYTES_A_SECOND)
 
     return seconds
@@ -132,6 +140,32 @@ ALGORITHMS: tuple[Algorithm, ...] = (
 """The table: a new algorithm is a line here and a template in the back end."""
 
 
+ROUNDING = {DType.F16: 2.1e-4, DType.BF16: 1.7e-3}
+"""The relative error, root mean square, of a number rounded to a type."""
+
+MOST_ROUNDING = 2 * ROUNDING[DType.BF16]
+"""Relative error that stored weights may give a layer: twice what rounding them to bf16 and no more does."""
+
+
+def rounding(algorithm: str, node: Node, stored: DType) -> float:
+    """Estimate the relative error that storing a convolution's weight in a type gives it, if its algorithm does."""
+    tile = winograd_tile(algorithm)
+    if stored not in ROUNDING:
+        return 0.0
+    if tile is None:
+        return ROUNDING[stored]
+    kernel = node.inputs[1].type.static_shape[2:]
+    axes = zip(transforms(tile, kernel, _stride(node)), kernel, strict=True)
+    return ROUNDING[stored] * math.sqrt(math.prod(_amplification(axis, taps) for axis, taps in axes))
+
+
+def _amplification(axis: Transform, taps: int) -> float:
+    """Give by how much the square of a rounding error grows along one axis."""
+    output, data, weight = (np.array(m, np.float64) ** 2 for m in (axis.output, axis.data, axis.weight))
+    weights = weight[np.minimum(np.arange(axis.positions), axis.weights - 1)].sum(axis=1)
+    return float((output @ (data.sum(axis=1) * weights)).mean()) / taps
+
+
 Layer: TypeAlias = tuple[Op, Value | Op]
 """A convolution and its weight: layers that share both are computed the same way."""
 
@@ -141,9 +175,9 @@ def _layer(conv: Op, weight: Value, shared: bool) -> Layer:
     return (conv, weight.op if shared and isinstance(weight.op, Constant) else weight)
 
 
-def _counts(nodes: Sequence[Node], target: Target, first: Algorithm) -> dict[Node, float]:
+def _counts(nodes: Sequence[Node], target: Target, first: Algorithm, stored: DType) -> dict[Node, float]:
     """Say by how much the seconds of each convolution of a graph count, so that every graph counts the same."""
-    total = sum(first.seconds(node, target) for node in nodes)
+    total = sum(first.seconds(node, target, stored) for node in nodes)
     return dict.fromkeys(nodes, 1 / total if total else 1.0)
 
 
@@ -152,12 +186,14 @@ class ChooseAlgorithm(Pass):
     """Choose an algorithm for every convolution.
 
     `budget` bounds its error and `exact` forbids Winograd's.  `growth` bounds the bytes that transformed weights add,
-    as a share of those of all constants; they go where they save most time for each byte.
+    as a share of those of all constants; they go where they save most time for each byte.  `weights` is
+    what narrow_weights will store weights in, transformed ones too.
     """
 
     budget: float = 64.0
     exact: bool = False
     growth: float = math.inf
+    weights: DType = DType.F32
 
     def run(self, graph: Graph, target: Target) -> Graph:
         """Set the algorithm of every convolution; one with transformed weights keeps the one they are for."""
@@ -190,10 +226,12 @@ class ChooseAlgorithm(Pass):
         counts: dict[Node, float] = {}
         for graph in graphs:
             nodes = [node for node in graph.nodes if isinstance(node.op, Conv) and node.op.tile is None]
-            counts |= _counts(nodes, target, table[0]) if len(graphs) > 1 else {}
+            counts |= _counts(nodes, target, table[0], self.weights) if len(graphs) > 1 else {}
             for node in nodes:
                 layers.setdefault(_layer(node.op, node.inputs[1], len(graphs) > 1), []).append(node)
-        saved = {layer: savings(nodes, target, self.budget, table, counts) for layer, nodes in layers.items()}
+        saved = {
+            layer: savings(nodes, target, self.budget, table, counts, self.weights) for layer, nodes in layers.items()
+        }
         if math.isinf(self.growth):
             return {layer: max(found, default=(0.0, table[0].name))[1] for layer, found in saved.items()}
         worth = [
@@ -249,17 +287,24 @@ def savings(
     budget: float,
     table: tuple[Algorithm, ...] = ALGORITHMS,
     counts: Mapping[Node, float] = MappingProxyType({}),
+    stored: DType = DType.F32,
 ) -> list[tuple[float, str]]:
     """List (seconds saved over the first of a table, name) of what stays within an error budget and saves enough.
 
-    `nodes` are all convolutions of a layer; `counts` is by how much the seconds of each count, once if it is not there.
+    `nodes` are all convolutions of a layer, whose weight is `stored` in a type; `counts` is by how much the seconds of
+    each count, once if it is not there.
     """
 
     def seconds(algorithm: Algorithm) -> float:
-        return sum(algorithm.seconds(node, target) * counts.get(node, 1.0) for node in nodes)
+        return sum(algorithm.seconds(node, target, stored) * counts.get(node, 1.0) for node in nodes)
+
+    def applies(algorithm: Algorithm) -> bool:
+        return algorithm.error <= budget and all(
+            algorithm.applies(node) and rounding(algorithm.name, node, stored) <= MOST_ROUNDING for node in nodes
+        )
 
     first, *others = table
-    possible = [a for a in others if a.error <= budget and all(map(a.applies, nodes))]
+    possible = [a for a in others if applies(a)]
     saved = [(seconds(first) - seconds(a), a.name) for a in possible]
     return [(gain, name) for gain, name in saved if gain > (1 - MARGIN) * seconds(first)]
 

@@ -2,7 +2,8 @@
 
     relu(add(conv(x, w), r)) -> fused(x, w, r) {conv, add, relu}
 
-Afterwards every computing node is a `Fused`; inputs, constants and views stay as they are.  Four steps:
+Afterwards every computing node is a `Fused`; inputs, constants and views stay as they are.  A conversion of a constant,
+as of a weight stored in 16 bits, goes into the kernel of the reduction that reads it.  Then there are four steps:
 
 1. From each reduction (convolution, pooling, ...), then from each remaining node, a group grows forward over
    elementwise consumers of the same shape, through diamonds too, as long as one value leaves the group.
@@ -27,6 +28,7 @@ from cnnc.ir.build import call
 from cnnc.ir.graph import Graph, Node, Value
 from cnnc.ir.op import Kind
 from cnnc.ir.rewrite import rebuild, substitute
+from cnnc.ops.cast import Cast
 from cnnc.ops.fused import Fused
 from cnnc.ops.reshape import Reshape
 from cnnc.ops.source import Constant, Input
@@ -47,7 +49,7 @@ class TakesPrologue(Protocol):
 
 @dataclass(frozen=True)
 class Fuse(Pass):
-    """Make kernels; with `grow` off each holds one operator.  `most` bounds the operators of a kernel.
+    """Make kernels; with `grow` off each holds one operator, weights converted.  `most` bounds the operators of one.
 
     `templates` are the back end's, of which those that `TakesPrologue` are asked about prologues.
     """
@@ -59,6 +61,7 @@ class Fuse(Pass):
     def run(self, graph: Graph, target: Target) -> Graph:
         """Give the graph of kernels."""
         groups = _Groups(graph, self.most)
+        groups.move_conversions()
         if self.grow:
             groups.grow()
             groups.move_prologues([t for t in self.templates if isinstance(t, TakesPrologue)], target)
@@ -91,6 +94,17 @@ class _Groups:
         self.outputs = set(self.graph.outputs)
         self.prologues: set[Node] = set()
 
+    def move_conversions(self) -> None:
+        """Move each conversion of a constant into the reduction that alone reads it, which converts as it loads."""
+        for node in list(self.of):
+            if not isinstance(node.op, Cast) or not isinstance(node.inputs[0].op, Constant):
+                continue
+            views, consumer = self._only_consumer(node)
+            if consumer is not None and not views and consumer.op.kind is Kind.REDUCTION:
+                target = self.of[consumer]
+                target.nodes.insert(0, node)
+                self.of[node] = target
+
     def grow(self) -> None:
         """Let groups grow forward, reductions first: an epilogue costs them nothing."""
         nodes = list(self.of)
@@ -98,7 +112,7 @@ class _Groups:
             n for n in nodes if n.op.kind < Kind.REDUCTION
         ]:
             group = self.of[node]
-            if len(group.nodes) > 1 or len(node.types) > 1:
+            if group.anchor is not node or node is not group.nodes[-1] or len(node.types) > 1:
                 continue
             last: Node | None = node
             while last is not None:
@@ -322,7 +336,8 @@ def _body(group: _Group, leaving: Sequence[Value]) -> tuple[Graph, list[Value]]:
     def read(value: Value, reader: Node) -> None:
         if value.node in inside or value in new:
             return
-        if isinstance(value.op, Constant) and value.type.elements == 1 and reader.op.kind is Kind.ELEMENTWISE:
+        inside_code = reader.op.kind is Kind.ELEMENTWISE and not isinstance(reader.op, Cast)
+        if isinstance(value.op, Constant) and value.type.elements == 1 and inside_code:
             new[value] = value
             return
         new[value] = call(Input(f"x{len(inputs)}", value.type), loc=())

@@ -4,6 +4,8 @@
 1  algebra, constants, batch norm, fusion; plain layouts
 2  blocked layouts too
 3  the algorithm of every convolution chosen as well (the default)
+
+Weights in 16 bits are a choice at every level: they are rounded last, just before fusion.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from cnnc.ir.graph import Graph, Node, Value
 from cnnc.ir.literal import Literal
 from cnnc.ir.rewrite import RewriteLog, map_graph, rebuild, recording
 from cnnc.ir.text import print_graph
+from cnnc.ir.types import DType
 from cnnc.ir.verify import verify
 from cnnc.ops.source import Constant
 from cnnc.options import LEVELS
@@ -32,6 +35,7 @@ from cnnc.passes.fold_pad import FoldPad
 from cnnc.passes.fuse import Fuse
 from cnnc.passes.fuse_attention import FuseAttention
 from cnnc.passes.local_unpool import LocalUnpool
+from cnnc.passes.narrow_weights import NarrowWeights
 from cnnc.passes.pack_weights import PackWeights
 from cnnc.passes.place_concats import PlaceConcats
 from cnnc.passes.push_slices import PushSlices
@@ -51,12 +55,14 @@ def pipeline(
     memory: Memory | None = None,
     exact: bool = False,
     small: bool = False,
+    weights: DType = DType.F32,
 ) -> tuple[Pass, ...]:
     """Give the passes of an optimisation level, or those that `passes` spells out.
 
     `templates` are the back end's, `records` what the tile pass knows of them, `memory` what it found; `exact` keeps to
-    algorithms that add up the very products of the definition, `small` to weights hardly larger than the model's.
-    Raises `UsageError` for a level that does not exist.
+    algorithms that add up the very products of the definition, `small` to weights hardly larger than the model's;
+    `weights` is the type weights are stored in.
+    Raises `UsageError` for a level that does not exist, and for narrow `weights` beside a list of passes.
     """
     handed_in: dict[str, Any] = {
         "templates": tuple(templates),
@@ -64,20 +70,24 @@ def pipeline(
         "memory": memory or NoMemory(),
     }
     if passes is not None:
+        if weights is not DType.F32:
+            wanted = f"narrow_weights{{dtype={weights}}} before fuse"
+            raise UsageError(f"weights={weights} does not go with a list of passes; put {wanted} into the list")
         given = parse_passes(passes, {"tile": handed_in, "fuse": {"templates": tuple(templates)}})
         return tuple(_bounded(p, exact, small) if isinstance(p, ChooseAlgorithm) else p for p in given)
     if level not in LEVELS:
         raise UsageError(f"optimisation level {level} does not exist; use one of {', '.join(map(str, LEVELS))}")
     tile = Tile(**handed_in)
+    narrow = () if weights is DType.F32 else (NarrowWeights(weights),)
     if level == 0:
-        return (FoldConstants(), Fuse(grow=False), tile)
+        return (FoldConstants(), *narrow, Fuse(grow=False), tile)
     chosen: list[Pass] = [Simplify(), FoldConstants(), FoldBatchNorm(), FoldPad(), FuseAttention()]
     chosen += [Simplify(), Subpixel(), LocalUnpool(), PushSlices(), FoldConstants(), Cse()]
     if level >= 3:
-        chosen += [_bounded(ChooseAlgorithm(), exact, small), FoldConstants()]
+        chosen += [_bounded(ChooseAlgorithm(weights=weights), exact, small), FoldConstants()]
     if level >= 2:
         chosen += [AssignLayouts(), PackWeights(), Cse()]
-    return (*chosen, Fuse(templates=tuple(templates)), PlaceConcats(), tile)
+    return (*chosen, *narrow, Fuse(templates=tuple(templates)), PlaceConcats(), tile)
 
 
 SMALL_GROWTH = 0.08

@@ -93,6 +93,25 @@ def _problems(model: onnx.ModelProto, seed: int, levels: tuple[int, ...]) -> Ite
         yield from (f"{problem} at level {level}" for problem in _misplaced(module, graph, feeds, seed))
 
 
+def _narrow_problems(model: onnx.ModelProto, seed: int, stored: str, level: int) -> Iterator[str]:
+    """List where a network with weights in 16 bits is not what the graph says it was compiled from."""
+    feeds = _feeds(model, seed)
+    module = cnnc.compile(model, weights=stored, level=level)
+    assert module.build is not None
+    exact = evaluate(module.build.graphs[0], feeds, precise=True)
+    wide = cnnc.compile(model, level=level)
+    assert wide.build is not None
+    usual = evaluate(wide.build.graphs[0], feeds, precise=True)
+    allowed = {name: max(1e-5, 5 * _error(array, usual[name])) for name, array in wide.run(feeds).items()}
+    outputs = module.run(feeds)
+    yield from (
+        f"{name}: error {_error(array, exact[name]):.1e}, allowed {allowed[name]:.1e}"
+        for name, array in outputs.items()
+        if not _error(array, exact[name]) <= allowed[name]
+    )
+    yield from _unsteady(module, feeds, outputs)
+
+
 def _unsteady(module: Module, feeds: Arrays, outputs: Arrays) -> Iterator[str]:
     """Compare bits with those of three threads, and of a run in memory that is full of NaN."""
     module.run({name: np.full_like(array, np.nan) for name, array in feeds.items()})
@@ -166,6 +185,12 @@ def _check(seed: int, levels: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("seed", range(EVERYDAY))
 def test_a_random_network(seed: int) -> None:
     _check(seed, LEVELS)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_random_network_with_weights_of_16_bits(seed: int) -> None:
+    stored, level = ("bf16", "f16")[seed % 2], LEVELS[-1 - seed % 3]
+    assert not list(_narrow_problems(random_network(seed, LARGEST), seed, stored, level))
 
 
 @pytest.mark.slow

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cnnc.backends.cpu.machine import AVX2, AVX512, Machine
 from cnnc.errors import VerifyError
-from cnnc.ir.graph import Node, Value
+from cnnc.ir.graph import Graph, Node, Value
 from cnnc.ir.op import Kind
 from cnnc.ir.types import DType, TensorType
+from cnnc.ops.cast import Cast
 from cnnc.ops.fused import Fused, Schedule
 from cnnc.target import Target
 
 if TYPE_CHECKING:
     from cnnc.backends.cpu.body import Body
 
-__all__ = ["anchor_of", "body_after", "body_of", "machine_of", "params_of", "prologue_flops", "schedule_of"]
+__all__ = [
+    "anchor_of",
+    "body_after",
+    "body_of",
+    "machine_of",
+    "operand_bytes",
+    "params_of",
+    "prologue_flops",
+    "schedule_of",
+    "stored_operand",
+]
 
 Params = TypeVar("Params")
 
@@ -44,12 +56,15 @@ def params_of(kind: type[Params], schedule: Schedule) -> Params:
     return kind(**dict(schedule.params))
 
 
-def anchor_of(kernel: Fused, target: Target, *names: str, prologue: bool = False) -> Node | None:
+def anchor_of(
+    kernel: Fused, target: Target, *names: str, prologue: bool = False, narrow: Collection[int] = ()
+) -> Node | None:
     """Give the operator of one of these names that a kernel is about, if the rest can follow it in registers.
 
     That is: everything is float32 of fixed, non-empty shape, the anchor reads inputs of the kernel, and every
     operator that depends on it is elementwise, in its shape and layout.  With `prologue`, the first operand may be
-    computed from inputs by operators that are elementwise in its shape and layout.
+    computed from inputs by operators that are elementwise in its shape and layout.  Operands at the positions `narrow`
+    may be stored in 16 bits, and converted before the anchor reads them.
     """
     body = kernel.body
     if target.kind != "cpu" or len(body.outputs) != 1:
@@ -60,11 +75,15 @@ def anchor_of(kernel: Fused, target: Target, *names: str, prologue: bool = False
     if len(nodes) != 1 or nodes[0].op.name not in names or len(nodes[0].types) != 1:
         return None
     anchor = nodes[0]
-    types = [type_ for node in body.nodes for type_ in node.types]
-    if any(not t.is_static or t.dtype is not DType.F32 or 0 in t.static_shape for t in types):
+    types = {value: value.type for node in body.nodes for value in node.values}
+    if any(not t.is_static or 0 in t.static_shape for t in types.values()):
+        return None
+    operands = [stored_operand(v) if i in narrow else v for i, v in enumerate(anchor.inputs)]
+    wide = {v for v, t in types.items() if t.dtype is DType.F32}
+    if not all(v in wide or (v in operands and _is_converted_only(v, body)) for v in types):
         return None
     inputs = set(body.inputs)
-    computed = [value for value in anchor.inputs if value not in inputs]
+    computed = [value for value in operands if value not in inputs]
     if computed and not (prologue and computed == [anchor.inputs[0]] and _is_elementwise(computed[0], inputs)):
         return None
     result = anchor.types[0]
@@ -109,6 +128,23 @@ def prologue_flops(kernel: Fused, anchor: Node) -> float:
     return max(1.0, sum(node.op.flops(*(v.type for v in node.inputs)) for node in nodes) / operand.type.elements)
 
 
+def stored_operand(operand: Value) -> Value:
+    """Give what an operand of an anchor is converted from, if it is stored in 16 bits; else the operand itself."""
+    if isinstance(operand.op, Cast) and operand.inputs[0].dtype in (DType.F16, DType.BF16):
+        return operand.inputs[0]
+    return operand
+
+
+def operand_bytes(operand: Value) -> int:
+    """Give the bytes that a number of an anchor's operand takes in memory."""
+    return stored_operand(operand).dtype.itemsize
+
+
+def _is_converted_only(value: Value, body: Graph) -> bool:
+    """Whether a value is read by conversions and nothing else."""
+    return value not in body.outputs and all(isinstance(user.op, Cast) for user in body.users[value])
+
+
 def body_of(kernel: Fused, anchor: Node) -> Body:
     """Give the tensor expressions of a kernel, the anchor being its one reduction."""
     from cnnc.backends.cpu.body import Body
@@ -117,7 +153,7 @@ def body_of(kernel: Fused, anchor: Node) -> Body:
     inputs = {value: placeholder(value.type, f"x{i}") for i, value in enumerate(kernel.body.inputs)}
     (output,) = kernel.body.outputs
     values = lower_values([output], inputs)
-    operands = tuple(values[value] for value in anchor.inputs)
+    operands = tuple(values[stored_operand(value)] for value in anchor.inputs)
     final = values[output]
     return Body(tuple(inputs.values()), operands, _reduction(final), final, _guards_lanes_only(kernel, anchor))
 
@@ -140,9 +176,14 @@ def body_after(kernel: Fused, anchor: Node) -> Body:
 def _guards_lanes_only(kernel: Fused, anchor: Node) -> bool:
     """Tell whether all beside the anchor reads its own element, or that of a vector along the channels.
 
-    What lies in blocks as the element does has its pad lanes, too.
+    What lies in blocks as the element does has its pad lanes, too; so does a weight, which is converted as it lies.
     """
-    others = [node for node in kernel.body.nodes if node is not anchor and node.op.name not in ("input", "constant")]
+    converted = {value.node for value in anchor.inputs if stored_operand(value) is not value}
+    others = [
+        node
+        for node in kernel.body.nodes
+        if node is not anchor and node not in converted and node.op.name not in ("input", "constant")
+    ]
     if any(node.op.kind is not Kind.ELEMENTWISE for node in others):
         return False
 

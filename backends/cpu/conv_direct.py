@@ -18,7 +18,15 @@ from functools import lru_cache
 from itertools import product, starmap
 from typing import TYPE_CHECKING, Any
 
-from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, params_of, prologue_flops, schedule_of
+from cnnc.backends.cpu.anchored import (
+    anchor_of,
+    body_of,
+    machine_of,
+    operand_bytes,
+    params_of,
+    prologue_flops,
+    schedule_of,
+)
 from cnnc.backends.cpu.conv_shape import ConvShape, DirectParams, reshaped, rows_read, segments_of
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.segments import tap_range
@@ -105,7 +113,7 @@ def cost(shape: ConvShape, params: DirectParams, machine: Machine) -> float:
     rows = shape.n * shape.oc_blocks // params.vectors * shape.oh
     passes = shape.ic_blocks // (params.channels or shape.ic_blocks)
     compute = rows * _row_cycles(shape, params.pixels, params.vectors, passes, machine) * waves
-    slab = 4.0 * params.vectors * shape.block * channels * shape.kh * shape.kw
+    slab = shape.weight_bytes * params.vectors * shape.block * channels * shape.kh * shape.kw
     tiles = sum(segment.count for segment in segments_of(shape, params.pixels))
     pixels_read = min(params.pixels * shape.stride[1] + shape.kw - 1, shape.w)
     tile_input = 4.0 * pixels_read * channels * shape.kh
@@ -160,7 +168,7 @@ def _mean_taps(shape: ConvShape) -> float:
 def _far_bytes(shape: ConvShape, params: DirectParams, machine: Machine, row_blocks: int, oc_slices: int) -> float:
     """Count the bytes that slices bring in from beyond L2, in the order they follow each other."""
     channels = shape.ic_blocks * shape.inner
-    weights = 4.0 * params.vectors * params.oc_tiles * shape.block * channels * shape.kh * shape.kw
+    weights = shape.weight_bytes * params.vectors * params.oc_tiles * shape.block * channels * shape.kh * shape.kw
     rows = min((params.rows - 1) * shape.stride[0] + shape.dilation[0] * (shape.kh - 1) + 1, shape.h)
     inputs = 4.0 * channels * rows * shape.w
     outer, inner, outer_count, inner_count = (
@@ -232,7 +240,7 @@ class ConvDirect:
 
     def build(self, kernel: Fused, schedule: Schedule, target: Target) -> Any:
         """Make the PrimFunc over the kernel's inputs, then its output."""
-        anchor = anchor_of(kernel, target, "conv", prologue=True)
+        anchor = anchor_of(kernel, target, "conv", prologue=True, narrow=(1,))
         if anchor is None:
             raise VerifyError(f"{self.name} cannot compute kernel {kernel.anchor}")
         params = params_of(DirectParams, schedule)
@@ -249,7 +257,7 @@ def _known_shape(kernel: Fused, target: Target) -> ConvShape:
 @lru_cache(64)
 def _shape_of(kernel: Fused, target: Target) -> ConvShape | None:
     """Give the convolution of a kernel, if this template can compute it."""
-    anchor = anchor_of(kernel, target, "conv", prologue=True)
+    anchor = anchor_of(kernel, target, "conv", prologue=True, narrow=(1,))
     if anchor is None or not isinstance(anchor.op, Conv) or anchor.op.algorithm != "direct":
         return None
     op, x, w, block = anchor.op, anchor.inputs[0].type, anchor.inputs[1].type, target.vector_lanes
@@ -273,4 +281,5 @@ def _shape_of(kernel: Fused, target: Target) -> ConvShape | None:
         block=block,
         plain_input=plain,
         prologue=prologue,
+        weight_bytes=operand_bytes(anchor.inputs[1]),
     )

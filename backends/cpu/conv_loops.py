@@ -250,7 +250,7 @@ class ConvLoops:
                 def one(p: Any, v: Any) -> Any:
                     x = self._input(image, x_channel, row, origin + p * shape.stride[1], k)
                     lane = () if shape.plain_input else (k % inner,)
-                    w = t.load(self.weight, oc + v, channel, kernel_row, first + k // inner, *lane, 0, lanes=block)
+                    w = t.widened(self.weight, oc + v, channel, kernel_row, first + k // inner, *lane, 0, lanes=block)
                     total = t.load(sums, v, p, 0, lanes=block) + tirx.Broadcast(x, block) * w
                     return t.store(sums, total, v, p, 0, lanes=block)
 

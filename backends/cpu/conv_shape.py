@@ -16,6 +16,7 @@ class ConvShape:
 
     `pad` is (top, left, bottom, right).  `plain_input`: the input is NCHW and the weight OIHW{block}o.  `prologue`: the
     operations by which the kernel computes each element of its input first; 0 where it reads what another computed.
+    `weight_bytes` is what a number of the weight takes in memory.
     """
 
     n: int
@@ -32,6 +33,7 @@ class ConvShape:
     block: int = 16
     plain_input: bool = False
     prologue: float = 0.0
+    weight_bytes: int = 4
 
     @property
     def oh(self) -> int:

@@ -87,7 +87,7 @@ def build(shape: WindowShape, group: int, params: DepthwiseParams, body: Body) -
 
     def step(total: Any, x: Any, channel: Any, row: Any, column: Any) -> Any:
         for j in range(group):
-            taps = loops.load(weight, channel, j, row, column, 0, lanes=shape.block)
+            taps = loops.widened(weight, channel, j, row, column, 0, lanes=shape.block)
             lanes = [loops.const(lane // group * group + j) for lane in range(shape.block)]
             total = total + (x if group == 1 else tirx.Shuffle([x], lanes)) * taps
         return total
@@ -131,7 +131,7 @@ def _known(kernel: Fused, target: Target) -> tuple[Node, WindowShape, int]:
 @lru_cache(64)
 def _find(kernel: Fused, target: Target) -> tuple[Node, WindowShape, int] | None:
     """Give the convolution, its windows and the channels of a group, if this template can compute it."""
-    anchor = anchor_of(kernel, target, "conv")
+    anchor = anchor_of(kernel, target, "conv", narrow=(1,))
     if anchor is None or not isinstance(anchor.op, Conv) or anchor.op.algorithm != "direct":
         return None
     op, x, w, block = anchor.op, anchor.inputs[0].type, anchor.inputs[1].type, target.vector_lanes

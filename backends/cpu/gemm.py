@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, params_of, schedule_of
+from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, operand_bytes, params_of, schedule_of
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.row_index import position
 from cnnc.backends.cpu.segments import even_split
@@ -39,6 +39,8 @@ class DenseShape:
     inputs: int
     outputs: int
     lanes: int = 16
+    weight_bytes: int = 4
+    """What a number of the weight takes in memory."""
 
     @property
     def rows(self) -> int:
@@ -79,7 +81,7 @@ def cost(shape: DenseShape, params: DenseParams, machine: Machine) -> float:
     tile = steps * machine.tile_cycles(params.rows, params.outputs) + 4.0 * params.rows * params.outputs + 10.0
     slices = -(-output_tiles // params.tiles)
     waves = -(-slices // machine.threads) / slices
-    weights = 4.0 * shape.outputs * shape.inputs
+    weights = shape.weight_bytes * shape.outputs * shape.inputs
     inputs = 4.0 * params.rows * shape.inputs
     near = output_tiles * row_tiles * (inputs if inputs > machine.l1 / 2 else 0.0) / machine.l2_bytes
     far = weights / machine.memory_bytes / machine.threads
@@ -113,7 +115,7 @@ def build(shape: DenseShape, params: DenseParams, body: Body) -> Any:
 
         def product(r: Any, o: Any, at: Any, width: int) -> Any:
             a = loops.load(x, *position(shape.leading, first_row + r), at, lanes=width)
-            return a * loops.load(weight, first_output + o, at, lanes=width)
+            return a * loops.widened(weight, first_output + o, at, lanes=width)
 
         def clear(r: Any, o: Any) -> Any:
             zero = tirx.const(0.0, "float32")
@@ -137,8 +139,9 @@ def build(shape: DenseShape, params: DenseParams, body: Body) -> Any:
 
         def ahead(step: Any) -> Any:
             """Ask for weights early: hardware does so up to the end of a page only."""
-            near = 4 * outputs * shape.inputs <= FARTHEST
-            row, column = (first_output + outputs, step * lanes) if near else (first_output, step * lanes + PAGE // 4)
+            near = shape.weight_bytes * outputs * shape.inputs <= FARTHEST
+            page = PAGE // shape.weight_bytes
+            row, column = (first_output + outputs, step * lanes) if near else (first_output, step * lanes + page)
             return loops.unrolled(outputs, lambda o: loops.prefetch(weight, row + o, column), "o")
 
         rest = shape.inputs - whole * lanes
@@ -215,11 +218,11 @@ def _known(kernel: Fused, target: Target) -> tuple[Node, DenseShape]:
 @lru_cache(64)
 def _find(kernel: Fused, target: Target) -> tuple[Node, DenseShape] | None:
     """Give the layer and its sizes, if the kernel is one."""
-    anchor = anchor_of(kernel, target, "dense")
+    anchor = anchor_of(kernel, target, "dense", narrow=(1,))
     if anchor is None or not isinstance(anchor.op, Dense):
         return None
     if any(value.type.layout is not None for value in anchor.inputs):
         return None
     outputs, inputs = anchor.inputs[1].type.static_shape
     leading = anchor.inputs[0].type.static_shape[:-1]
-    return anchor, DenseShape(leading, inputs, outputs, target.vector_lanes)
+    return anchor, DenseShape(leading, inputs, outputs, target.vector_lanes, operand_bytes(anchor.inputs[1]))

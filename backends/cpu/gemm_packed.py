@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, params_of, schedule_of
+from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, operand_bytes, params_of, schedule_of
 from cnnc.backends.cpu.gemm import DenseShape
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.register_tile import RegisterTile, register_tile, step_cycles, store_sums
@@ -85,7 +85,7 @@ def cost(shape: DenseShape, params: PackedParams, machine: Machine) -> float:
         step = step_cycles(machine, rows, VECTORS)
         compute += count * blocks * (step * shape.inputs + 14.0 + 2.0 * rows * VECTORS) * waves
 
-    block_bytes = 4.0 * VECTORS * shape.lanes * shape.inputs
+    block_bytes = shape.weight_bytes * VECTORS * shape.lanes * shape.inputs
     tile_bytes = 4.0 * params.rows * shape.inputs
     streamed = tile_bytes + (block_bytes if block_bytes + tile_bytes > 0.8 * machine.l1 else 0.0)
     near = row_tiles * blocks * streamed / machine.l2_bytes * waves
@@ -123,7 +123,7 @@ def build(shape: DenseShape, params: PackedParams, body: Body) -> Any:
         return register_tile(
             size,
             lambda r, k: loops.load(x, *position(shape.leading, first_row + r), k),
-            lambda k, v: loops.load(weight, block, k, part.offset + v * lanes, lanes=lanes),
+            lambda k, v: loops.widened(weight, block, k, part.offset + v * lanes, lanes=lanes),
             finish,
         )
 
@@ -206,11 +206,12 @@ def _known(kernel: Fused, target: Target) -> tuple[Node, DenseShape]:
 @lru_cache(64)
 def _find(kernel: Fused, target: Target) -> tuple[Node, DenseShape] | None:
     """Give the layer and its sizes, if the kernel is one."""
-    anchor = anchor_of(kernel, target, "dense")
+    anchor = anchor_of(kernel, target, "dense", narrow=(1,))
     if anchor is None or not isinstance(anchor.op, Dense):
         return None
     x, weight = anchor.inputs[0].type, anchor.inputs[1].type
     if x.layout is not None or weight.layout != weight_layout(2, 1, VECTORS * target.vector_lanes):
         return None
     outputs, inputs = weight.static_shape
-    return anchor, DenseShape(x.static_shape[:-1], inputs, outputs, target.vector_lanes)
+    size = operand_bytes(anchor.inputs[1])
+    return anchor, DenseShape(x.static_shape[:-1], inputs, outputs, target.vector_lanes, size)

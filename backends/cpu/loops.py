@@ -26,6 +26,7 @@ __all__ = [
     "unrolled",
     "vectorized",
     "when",
+    "widened",
 ]
 
 Body = Callable[[Any], Any]
@@ -97,6 +98,14 @@ def _indices(indices: Sequence[Any], lanes: int) -> list[Any]:
 def load(source: Any, *indices: Any, lanes: int = 1) -> Any:
     """Read one element, or `lanes` neighbours along the last axis."""
     return tirx.BufferLoad(source, _indices(indices, lanes))
+
+
+def widened(source: Any, *indices: Any, lanes: int = 1) -> Any:
+    """Read as `load` does, in float32: weights may be stored in 16 bits."""
+    value = load(source, *indices, lanes=lanes)
+    if source.dtype == "float32":
+        return value
+    return tirx.Cast(f"float32x{lanes}" if lanes > 1 else "float32", value)
 
 
 def store(target: Any, value: Any, *indices: Any, lanes: int = 1) -> Any:

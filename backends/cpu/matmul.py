@@ -129,7 +129,7 @@ def _known(kernel: Fused, target: Target) -> tuple[Node, MatMulShape]:
 @lru_cache(64)
 def _find(kernel: Fused, target: Target) -> tuple[Node, MatMulShape] | None:
     """Give the product and its sizes, if the kernel is one."""
-    anchor = anchor_of(kernel, target, "mat_mul")
+    anchor = anchor_of(kernel, target, "mat_mul", narrow=(0, 1))
     if anchor is None or not isinstance(anchor.op, MatMul):
         return None
     op, (a, b) = anchor.op, (value.type.static_shape for value in anchor.inputs)

@@ -79,11 +79,11 @@ class MatMulLoops:
 
         def row(k: Any) -> Any:
             def vector(start: int) -> Any:
-                source = loops.load(self.b, *at, k, panel * self.width + start, lanes=lanes)
+                source = loops.widened(self.b, *at, k, panel * self.width + start, lanes=lanes)
                 return loops.store(self.panel, source, k, start, lanes=lanes)
 
             def number(i: int) -> Any:
-                inside = loops.load(self.b, *at, k, panel * self.width + i) if i < columns else _zero()
+                inside = loops.widened(self.b, *at, k, panel * self.width + i) if i < columns else _zero()
                 return loops.store(self.panel, inside, k, i)
 
             vectors = [vector(start) for start in range(0, whole, lanes)]
@@ -99,7 +99,7 @@ class MatMulLoops:
             def load(row: int) -> Any:
                 # A column beyond the last one is that one again, and never stored.
                 column = panel * self.width + min(start + row, columns - 1)
-                return loops.load(self.b, *at, column, k * lanes, lanes=lanes)
+                return loops.widened(self.b, *at, column, k * lanes, lanes=lanes)
 
             def store(row: int, vector: Any) -> Any:
                 return loops.store(self.panel, vector, k * lanes + row, start, lanes=lanes)
@@ -108,7 +108,7 @@ class MatMulLoops:
 
         def number(k: Any, i: Any) -> Any:
             column = panel * self.width + tirx.min(i, loops.const(columns - 1))
-            return loops.store(self.panel, loops.load(self.b, *at, column, k), k, i)
+            return loops.store(self.panel, loops.widened(self.b, *at, column, k), k, i)
 
         def rest(k: Any) -> Any:
             return loops.loop(self.width, lambda i: number(blocks * lanes + k, i), "column")
@@ -136,7 +136,7 @@ class MatMulLoops:
         shape, lanes, at = self.shape, self.shape.lanes, self._own(self.shape.a, batch)
 
         def left(r: Any, k: Any) -> Any:
-            return loops.load(self.a, *at, *((k, first + r) if shape.transpose_a else (first + r, k)))
+            return loops.widened(self.a, *at, *((k, first + r) if shape.transpose_a else (first + r, k)))
 
         def place(r: Any, v: Any, lane: Any) -> list[Any]:
             return [*batch, first + r, panel * self.width + part.offset + v * lanes + lane]

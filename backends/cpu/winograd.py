@@ -20,7 +20,15 @@ from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, params_of, prologue_flops, schedule_of
+from cnnc.backends.cpu.anchored import (
+    anchor_of,
+    body_of,
+    machine_of,
+    operand_bytes,
+    params_of,
+    prologue_flops,
+    schedule_of,
+)
 from cnnc.backends.cpu.conv_shape import ConvShape
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.segments import even_split
@@ -79,7 +87,7 @@ def cost(shape: WinogradShape, params: WinogradParams, machine: Machine) -> floa
         transforms += _prologue_cycles(shape, machine) * params.tiles
     compute = products + transforms
 
-    weights = 4.0 * shape.vertical.weights * shape.horizontal.weights * channels * blocks * conv.block
+    weights = conv.weight_bytes * shape.vertical.weights * shape.horizontal.weights * channels * blocks * conv.block
     data = 4.0 * positions * channels * params.tiles
     sums = 4.0 * positions * params.tiles * params.group * conv.block
     readings = sum(count for _, count in even_split(params.tiles, params.pixels))
@@ -185,7 +193,8 @@ class Winograd:
 
     def build(self, kernel: Fused, schedule: Schedule, target: Target) -> Any:
         """Make the PrimFunc over the kernel's inputs, then its output."""
-        shape, anchor = _known_shape(kernel, target), anchor_of(kernel, target, "conv", prologue=True)
+        shape = _known_shape(kernel, target)
+        anchor = anchor_of(kernel, target, "conv", prologue=True, narrow=(1,))
         if anchor is None:
             raise VerifyError(f"{self.name} cannot compute kernel {kernel.anchor}")
         return build(shape, params_of(WinogradParams, schedule), machine_of(target), body_of(kernel, anchor))
@@ -201,7 +210,7 @@ def _known_shape(kernel: Fused, target: Target) -> WinogradShape:
 @lru_cache(64)
 def _shape_of(kernel: Fused, target: Target) -> WinogradShape | None:
     """Give the convolution of a kernel, if this template can compute it."""
-    anchor = anchor_of(kernel, target, "conv", prologue=True)
+    anchor = anchor_of(kernel, target, "conv", prologue=True, narrow=(1,))
     if anchor is None or not isinstance(anchor.op, Conv):
         return None
     op, x, u, block = anchor.op, anchor.inputs[0].type, anchor.inputs[1].type, target.vector_lanes
@@ -213,4 +222,5 @@ def _shape_of(kernel: Fused, target: Target) -> WinogradShape | None:
     pad = (op.pad[0], op.pad[1], op.pad[2], op.pad[3])
     stride = (op.stride[0], op.stride[1])
     conv = ConvShape(n, ic, height, width, u.static_shape[0], kh, kw, stride=stride, pad=pad, block=block)
-    return WinogradShape(replace(conv, prologue=prologue_flops(kernel, anchor)), tile)
+    conv = replace(conv, prologue=prologue_flops(kernel, anchor), weight_bytes=operand_bytes(anchor.inputs[1]))
+    return WinogradShape(conv, tile)

@@ -248,7 +248,7 @@ class WinogradLoops:
         def reduce(channel: Any, k: Any) -> Any:
             def one(p: Any, v: Any) -> Any:
                 value = t.load(self.data, position, channel * self.params.tiles + tile + p, k)
-                weight = t.load(self.weight, *weights, oc + first + v, channel, k, 0, lanes=block)
+                weight = t.widened(self.weight, *weights, oc + first + v, channel, k, 0, lanes=block)
                 total = t.load(sums, v, p, 0, lanes=block) + tirx.Broadcast(value, block) * weight
                 return t.store(sums, total, v, p, 0, lanes=block)
 

@@ -10,9 +10,11 @@ import click
 
 from cnnc.artifact import check_output
 from cnnc.cli.arguments import compile_options, open_model, options_of
+from cnnc.cli.precision import MeasuredError, describe, measure_error, print_stored
 from cnnc.cli.report import print_json, print_table, seconds_text
 from cnnc.driver import Report
 from cnnc.errors import UsageError
+from cnnc.module import Module
 from cnnc.options import format_bytes
 
 
@@ -23,6 +25,12 @@ from cnnc.options import format_bytes
 @compile_options
 @click.option("--time-passes", is_flag=True, help="Print the seconds of each pass.")
 @click.option("--why", metavar="RULE", help="Print where a rewrite rule applied and where it nearly did.")
+@click.option(
+    "--measure-error/--no-measure-error",
+    default=True,
+    show_default=True,
+    help="With narrow weights: compile f32 ones too, and compare.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     model: str, output: Path, emit: str, time_passes: bool, why: str | None, as_json: bool, **arguments: Any
@@ -38,19 +46,32 @@ def command(
     linking = time.perf_counter()
     files = opened.module.save(output, emit=kinds)
     report.phases["link"] = time.perf_counter() - linking
+    error = _error(opened.module, model, arguments, report)
     if as_json:
-        print_json("compile", _content(report, files, time.perf_counter() - start))
+        print_json("compile", _content(report, error, files, time.perf_counter() - start))
         return
     if time_passes:
         rows = [(name, seconds_text(seconds)) for name, seconds in report.passes]
         print_table("Passes", [("pass", "left"), ("time", "right")], rows)
     if why is not None:
         _print_why(report, why)
-    _print_summary(report, files)
+    _print_summary(report, error, files)
     click.echo(f"PASSED in {seconds_text(time.perf_counter() - start)}")
 
 
-def _content(report: Report, files: list[Path], seconds: float) -> dict[str, Any]:
+def _error(module: Module, model: str, arguments: dict[str, Any], report: Report) -> MeasuredError:
+    """Measure what storing weights in 16 bits does to the outputs, if that was asked for."""
+    if report.stored is None:
+        return MeasuredError({})
+    if not arguments["measure_error"]:
+        return MeasuredError({}, "--no-measure-error")
+    start = time.perf_counter()
+    error = measure_error(module, model, arguments)
+    report.phases["error"] = time.perf_counter() - start
+    return error
+
+
+def _content(report: Report, error: MeasuredError, files: list[Path], seconds: float) -> dict[str, Any]:
     return {
         "files": {str(file): file.stat().st_size for file in files},
         "phases": report.phases,
@@ -60,17 +81,20 @@ def _content(report: Report, files: list[Path], seconds: float) -> dict[str, Any
         "kernels_compiled": report.kernels_compiled,
         "arena_bytes": report.arena_bytes,
         "weight_bytes": report.weight_bytes,
+        **(describe(report.stored, error) if report.stored else {}),
         "seconds": seconds,
     }
 
 
-def _print_summary(report: Report, files: list[Path]) -> None:
+def _print_summary(report: Report, error: MeasuredError, files: list[Path]) -> None:
     phases = ", ".join(f"{name} {seconds_text(seconds)}" for name, seconds in report.phases.items())
     click.echo(f"phases   {phases}")
     if report.batches:
         click.echo(f"batch    {', '.join(map(str, report.batches))}")
     click.echo(f"kernels  {report.kernels}, {report.kernels_compiled} of them compiled, the rest from the cache")
     click.echo(f"memory   {format_bytes(report.arena_bytes)} arena, {format_bytes(report.weight_bytes)} weights")
+    if report.stored is not None:
+        print_stored(report.stored, error)
     for file in files:
         click.echo(f"wrote    {file} ({format_bytes(file.stat().st_size)})")
 

@@ -23,6 +23,7 @@ def command(model: str | None, list_passes: bool, print_after_each: bool, **argu
     from cnnc.backends.records import tuned_records
     from cnnc.passes.pipeline import pipeline, run_pipeline
     from cnnc.passes.registry import PASSES
+    from cnnc.passes.weight_report import weight_type
 
     if list_passes:
         for name in sorted(PASSES):
@@ -34,7 +35,12 @@ def command(model: str | None, list_passes: bool, print_after_each: bool, **argu
     graph = load_graph(model, options)
     target = Target.parse(options.target)
     records = tuned_records(options.records, target)
-    steps = pipeline(options.level, TEMPLATES, options.passes, records, exact=options.exact, small=options.small)
+    steps = pipeline(
+        *(options.level, TEMPLATES, options.passes, records),
+        exact=options.exact,
+        small=options.small,
+        weights=weight_type(options.weights, target),
+    )
     for step in steps:
         graph = run_pipeline(graph, target, [step])
         if print_after_each:

@@ -69,6 +69,13 @@ def record(rule: str, before: Value, after: Value) -> None:
         log.fired.append(Firing(rule, repr(before), repr(after), before.node.loc | after.node.loc))
 
 
+def record_miss(rule: str, reason: str, loc: frozenset[str]) -> None:
+    """Note a place where a pass nearly made a replacement without the rewrite driver, and what was in the way."""
+    log = _log.get()
+    if log is not None:
+        log.missed.append(NearMiss(rule, reason, loc))
+
+
 @dataclass
 class _State:
     uses: dict[Value, int]

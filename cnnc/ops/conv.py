@@ -22,8 +22,8 @@ from cnnc.ops.window import Window, read_window
 from cnnc.ops.winograd import (
     WinogradWeight,
     spatial_kernel,
-    spatial_weight,
     spatial_weight_tensor,
+    winograd_conv,
     winograd_layout,
     winograd_tile,
 )
@@ -121,12 +121,18 @@ class Conv(Op):
         return (channel_layout(x.rank, out_block),)
 
     def reference(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None = None) -> np.ndarray:
-        """Add up, tap by tap, the products of the weights and the shifted input."""
+        """Add up, tap by tap, the products of the weights and the shifted input; with Winograd's weights as it does."""
         window = self.window(w)
-        if self.tile is not None:
-            w = spatial_weight(w, self.tile, self.stride).astype(widen(w).dtype)
-        output = window.output(self.name, x.shape[2:])
-        sizes = tuple(int(s) for s in output if isinstance(s, int))
+        sizes = tuple(int(s) for s in window.output(self.name, x.shape[2:]) if isinstance(s, int))
+        if self.tile is None:
+            y = self._products(x, w, window, sizes)
+        else:
+            y = winograd_conv(x, w, self.tile, window, sizes)
+        if b is not None:
+            y = y + widen(b).reshape(-1, *(1,) * window.rank)
+        return narrow(y, x)
+
+    def _products(self, x: np.ndarray, w: np.ndarray, window: Window, sizes: tuple[int, ...]) -> np.ndarray:
         padded = window.padded(widen(x), sizes, 0)
         g = self.groups
         batch, positions = x.shape[0], math.prod(sizes)
@@ -135,10 +141,7 @@ class Conv(Op):
         for number, tap in enumerate(window.taps()):
             seen = window.tap_view(padded, tap, sizes).reshape(batch, g, w.shape[1], positions)
             total += np.ascontiguousarray(weights[..., number]) @ seen
-        y = total.reshape(batch, w.shape[0], *sizes)
-        if b is not None:
-            y += widen(b).reshape(-1, *(1,) * window.rank)
-        return narrow(y, x)
+        return total.reshape(batch, w.shape[0], *sizes)
 
     def compute(self, te: Any, xs: Sequence[Any], types: Sequence[TensorType]) -> Sequence[Any]:
         """Reduce over channels of the group and taps, then add the bias."""

@@ -30,6 +30,7 @@ from cnnc.ir.types import DType, TensorType
 from cnnc.ops.blocked import plain_only
 from cnnc.ops.broadcast import working_dtype
 from cnnc.ops.numeric import cast_to, check_floats
+from cnnc.ops.window import Window
 
 TILES = (2, 4)
 """The outputs, along each axis, that are computed together; along an axis of one tap it is always one."""
@@ -201,7 +202,7 @@ def winograd_layout(input_block: int, output_block: int) -> Layout:
     return Layout(f"HWOI{input_block}i{output_block}o")
 
 
-def _inverses(type_: Sequence[int], tile: int, stride: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def spatial_matrices(type_: Sequence[int], tile: int, stride: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Give the left inverses of G and H, the least squares ones, for transformed weights of a shape."""
     kernel = spatial_kernel(tile, type_[2:], stride)
     if kernel is None:
@@ -210,17 +211,39 @@ def _inverses(type_: Sequence[int], tile: int, stride: Sequence[int]) -> tuple[n
     return np.linalg.pinv(g), np.linalg.pinv(h)
 
 
-def spatial_weight(u: np.ndarray, tile: int, stride: Sequence[int]) -> np.ndarray:
-    """Give the weight w[O,I,...] of a transformed one u[O,I,...], in float64."""
-    g, h = _inverses(u.shape, tile, stride)
-    weight: np.ndarray = np.einsum("ra,oiab,sb->oirs", g, u.astype(np.float64), h, optimize=True)
-    return weight
+def winograd_conv(x: np.ndarray, u: np.ndarray, tile: int, window: Window, output: Sequence[int]) -> np.ndarray:
+    """Convolve by Winograd's algorithm in float64, bias left out, with transformed weights u[O,I,...] of any values.
+
+    Rounded ones are no transform of any weight, so this is what they mean.
+    """
+    axes = transforms(tile, window.kernel, window.stride)
+    counts = [-(-size // axis.tile) for size, axis in zip(output, axes, strict=True)]
+    sizes = [(count - 1) * axis.step + axis.inputs for count, axis in zip(counts, axes, strict=True)]
+    widths = [
+        (begin, max(size - begin - extent, 0))
+        for begin, size, extent in zip(window.begin, sizes, x.shape[2:], strict=True)
+    ]
+    padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), *widths))[:, :, : sizes[0], : sizes[1]]
+    tiles = np.lib.stride_tricks.sliding_window_view(padded, tuple(axis.inputs for axis in axes), (2, 3))
+    tiles = tiles[:, :, :: axes[0].step, :: axes[1].step]
+
+    b, d = (np.array(axis.data, np.float64) for axis in axes)
+    a, c = (np.array(axis.output, np.float64) for axis in axes)
+    rows, columns = (np.minimum(np.arange(axis.positions), axis.weights - 1) for axis in axes)
+    data = np.einsum("ar,ncijrs,bs->abcnij", b, tiles, d, optimize=True)
+    weights = u.astype(np.float64)[:, :, rows][:, :, :, columns].transpose(2, 3, 0, 1)
+    products = weights @ data.reshape(*data.shape[:3], -1)
+    products = products.reshape(*products.shape[:3], *data.shape[3:])
+    y = np.einsum("ra,abonij,sb->noirjs", a, products, c, optimize=True)
+    whole = y.reshape(len(x), len(u), counts[0] * axes[0].tile, counts[1] * axes[1].tile)
+    result: np.ndarray = whole[:, :, : output[0], : output[1]]
+    return result
 
 
 def spatial_weight_tensor(te: Any, u: Any, type_: TensorType, tile: int, stride: Sequence[int]) -> Any:
-    """Describe `spatial_weight` as a tensor: one 1-D transform after the other."""
+    """Describe the weight of a transformed one as a tensor: one 1-D transform after the other."""
     o, i, height, width = type_.static_shape
-    rows, columns = (matrix.tolist() for matrix in _inverses(type_.static_shape, tile, stride))
+    rows, columns = (matrix.tolist() for matrix in spatial_matrices(type_.static_shape, tile, stride))
     half = te.compute(
         (o, i, len(rows), width),
         lambda o, i, r, b: _combined(te, rows, r, [te.at(u, type_, o, i, a, b) for a in range(height)], type_.dtype),

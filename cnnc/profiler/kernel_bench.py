@@ -96,7 +96,10 @@ class Measured:
 
 
 class KernelBench:
-    """Compiles and times candidates for one kernel of f32 and one output; all get the same random inputs."""
+    """Compiles and times candidates for one kernel of f32 and one output; all get the same random inputs.
+
+    Weights may be in 16 bits.
+    """
 
     def __init__(self, kernel: Fused, target: Target, setting: Setting, seed: int) -> None:
         self._kernel = kernel
@@ -252,7 +255,7 @@ def _random(type_: TensorType, is_weight: bool, rng: np.random.Generator) -> np.
     if is_weight and values.ndim > 1:
         values *= (len(values) / values.size) ** 0.5
     packed = values if type_.layout is None else type_.layout.pack(values)
-    array = aligned_empty((packed.size,), "f32")
+    array = aligned_empty((packed.size,), type_.dtype)
     array[:] = packed.reshape(-1)
     return array
 

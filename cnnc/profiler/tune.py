@@ -24,6 +24,7 @@ from cnnc.ir.types import DType
 from cnnc.module import KernelTiming
 from cnnc.ops.fused import Fused, Schedule
 from cnnc.ops.source import Constant
+from cnnc.passes.narrow_weights import NARROW
 from cnnc.passes.views import is_view
 from cnnc.profiler.candidates import Priced, first_candidates, neighbours, priced
 from cnnc.profiler.kernel_bench import Faults, KernelBench, Setting, Timing
@@ -115,11 +116,11 @@ def tunable_kernels(build: Build, timings: Sequence[KernelTiming], target: Targe
     for group in groups.values():
         node = group[0][0]
         kernel = replace(fused_of(node), schedule=None)
-        schedules = priced(kernel, target) if _is_timed(kernel) else []
+        setting = _setting(node, position, traffic)
+        schedules = priced(kernel, target) if _is_timed(kernel, setting) else []
         if len(schedules) > 1:
             taken = sum(timing.nanoseconds for _, timing in group)
             layers = tuple(layer for _, timing in group for layer in timing.layers)
-            setting = _setting(node, position, traffic)
             found.append(TunableKernel(kernel, layers, len(group), taken * 1e-9, taken / whole, setting, schedules))
     return sorted(found, key=lambda kernel: -kernel.seconds)
 
@@ -246,10 +247,14 @@ def _unevenness(slices: int, threads: int) -> float:
     return -(-slices // threads) * threads / slices
 
 
-def _is_timed(kernel: Fused) -> bool:
-    """Whether a kernel can be timed on random numbers: one output, all f32, as every kernel with a choice is today."""
+def _is_timed(kernel: Fused, setting: Setting) -> bool:
+    """Whether a kernel can be timed on random numbers: one output, all f32, or weights of 16 bits among it.
+
+    Every kernel with a choice is so today.
+    """
     types = [value.type for value in (*kernel.body.inputs, *kernel.body.outputs)]
-    return len(kernel.body.outputs) == 1 and all(t.dtype is DType.F32 and t.is_static for t in types)
+    wide = all(t.dtype is DType.F32 or (i in setting.weights and t.dtype in NARROW) for i, t in enumerate(types))
+    return len(kernel.body.outputs) == 1 and wide and all(t.is_static for t in types)
 
 
 def _setting(node: Node, position: Mapping[Value, int], traffic: int) -> Setting:

@@ -224,3 +224,16 @@ def test_time_left():
     assert seconds_left(5, 10, 50.0, 60.0) == 10.0
     assert seconds_left(5, 10, 70.0, 60.0) == 0.0
     assert seconds_left(5, 10, 20.0, float("inf")) == 20.0
+
+
+def test_kernels_with_weights_of_16_bits_have_records_of_their_own(
+    model: str, tuned: tuple[bytes, dict[str, Any]], file: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run(["tune", model, "--weights", "bf16", "--records", str(file), *FEW, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["tuned"] == report["distinct"] == len(records(file)) == 4
+    narrow = [record for record in records(file) if "bf16[" in record.kernel]
+    assert len(narrow) == 3
+    assert not {record.key for record in narrow} & {json.loads(line)["key"] for line in tuned[0].splitlines()}
+    chosen = schedules([model, "--weights", "bf16", "--records", str(file)], capsys)
+    assert all(record.schedule in chosen for record in records(file))

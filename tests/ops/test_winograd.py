@@ -12,7 +12,7 @@ from cnnc.errors import ShapeError
 from cnnc.ir.build import call
 from cnnc.ir.graph import Value
 from cnnc.ops import Conv, WinogradWeight, constant, graph_input
-from cnnc.ops.winograd import TILES, is_supported, spatial_kernel, spatial_weight, transform
+from cnnc.ops.winograd import TILES, is_supported, spatial_kernel, spatial_matrices, transform
 
 AXES = [(tile, k, s) for tile in TILES for k in range(1, 8) for s in (1, 2) if is_supported(tile, k, s)]
 
@@ -55,7 +55,8 @@ def test_transformed_weights_come_back(rng: np.random.Generator, tile: int, kern
     w = rng.standard_normal((5, 3, kernel, 3))
     u = WinogradWeight(tile, (stride, 1)).reference(w)
     assert spatial_kernel(tile, u.shape[2:], (stride, 1)) == (kernel, 3)
-    np.testing.assert_allclose(spatial_weight(u, tile, (stride, 1)), w, rtol=0, atol=1e-13)
+    rows, columns = spatial_matrices(u.shape, tile, (stride, 1))
+    np.testing.assert_allclose(np.einsum("ra,oiab,sb->oirs", rows, u, columns), w, rtol=0, atol=1e-12)
 
 
 def test_only_weights_with_matrices_are_transformed() -> None:
@@ -88,3 +89,31 @@ def test_flops_are_those_of_the_convolution() -> None:
     direct = Conv((1, 1), (1, 1, 1, 1), (1, 1))
     fast = Conv((1, 1), (1, 1, 1, 1), (1, 1), algorithm="winograd2")
     assert fast.flops(x.type, call(WinogradWeight(2), w).type) == direct.flops(x.type, w.type)
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(("kernel", "stride"), [((3, 3), 1), ((5, 5), 1), ((1, 7), 1), ((3, 3), 2), ((5, 3), 2)])
+def test_transformed_weights_mean_the_algorithm(tile: int, kernel: tuple[int, int], stride: int) -> None:
+    """With any transformed weights, rounded ones too: each tile by the formula, written down index by index."""
+    if not all(is_supported(tile, taps, stride) for taps in kernel):
+        pytest.skip("there are no matrices")
+    rng = np.random.default_rng(tile + stride)
+    v, h = (transform(tile, taps, stride) for taps in kernel)
+    x = rng.standard_normal((2, 3, 11, 10))
+    u = rng.standard_normal((4, 3, v.weights, h.weights))
+    op = Conv((stride,) * 2, (1, 2, 0, 1), (1, 1), algorithm=f"winograd{tile}")
+    got = op.reference(x, u)
+    a, b, c, d = (np.array(m, np.float64) for m in (v.output, v.data, h.output, h.data))
+    padded = np.pad(x, ((0, 0), (0, 0), (1, 40), (2, 40)))
+    for row in range(0, got.shape[2], v.tile):
+        for column in range(0, got.shape[3], h.tile):
+            top, left = row * stride, column * stride
+            seen = padded[:, :, top : top + v.inputs, left : left + h.inputs]
+            y = np.zeros((2, 4, v.tile, h.tile))
+            for p in range(v.positions):
+                for q in range(h.positions):
+                    data = np.einsum("r,ncrs,s->nc", b[p], seen, d[q])
+                    product = data @ u[:, :, min(p, v.weights - 1), min(q, h.weights - 1)].T
+                    y += product[:, :, None, None] * np.outer(a[:, p], c[:, q])
+            inside = got[:, :, row : row + v.tile, column : column + h.tile]
+            np.testing.assert_allclose(inside, y[:, :, : inside.shape[2], : inside.shape[3]], rtol=0, atol=1e-9)

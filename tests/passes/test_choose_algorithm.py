@@ -9,14 +9,15 @@ import pytest
 
 from cnnc.ir.build import call
 from cnnc.ir.text import print_graph
-from cnnc.ops import Conv, MaxPool, constant, graph_input
-from cnnc.passes.choose_algorithm import ALGORITHMS, Algorithm, ChooseAlgorithm, cheapest
+from cnnc.ir.types import DType
+from cnnc.ops import Conv, MaxPool, WinogradWeight, constant, graph_input
+from cnnc.passes.choose_algorithm import ALGORITHMS, Algorithm, ChooseAlgorithm, cheapest, rounding
 from cnnc.passes.fold_constants import FoldConstants
 from cnnc.passes.pipeline import pipeline
 from tests.passes.graphs import TARGET, check, conv, graph_of, image, operators, weights
 
 FAST = Algorithm(
-    "fast", error=11.0, applies=lambda node: node.inputs[1].shape[2] == 3, seconds=lambda node, target: 0.0
+    "fast", error=11.0, applies=lambda node: node.inputs[1].shape[2] == 3, seconds=lambda node, target, stored: 0.0
 )
 
 
@@ -132,3 +133,46 @@ def test_kernels_longer_than_any_matrices(rng):
     for kernel, stride in (((9, 9), 2), ((9, 9), 3), ((10, 10), 2)):
         x = image(1, 16, 40, 40)
         check(ChooseAlgorithm(), graph_of(conv(x, weights(rng, 16, 16, *kernel), stride=stride)), rng)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "tile", "stored"),
+    [
+        ((3, 3), 1, 2, "bf16"),
+        ((3, 3), 1, 4, "f16"),
+        ((5, 5), 1, 2, "f16"),
+        ((3, 3), 2, 2, "bf16"),
+        ((1, 7), 1, 2, "f16"),
+    ],
+)
+def test_the_error_of_rounded_weights_is_as_estimated(rng, kernel, stride, tile, stored):
+    w = rng.standard_normal((24, 32, *kernel)).astype(np.float32)
+    x = rng.standard_normal((1, 32, 32, 33)).astype(np.float32)
+    dtype = DType(stored)
+    op = Conv((stride, stride), (0,) * 4, (1, 1))
+    wanted = op.reference(x.astype(np.float64), w.astype(np.float64))
+    u = WinogradWeight(tile, (stride, stride)).reference(w).astype(dtype.numpy).astype(np.float64)
+    got = replace(op, algorithm=f"winograd{tile}").reference(x.astype(np.float64), u)
+    error = np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
+    node = conv(image(*x.shape), constant(w), stride=stride).node
+    assert rounding(f"winograd{tile}", node, dtype) == pytest.approx(error, rel=0.3)
+    plain = op.reference(x, w.astype(dtype.numpy).astype(np.float32))
+    assert rounding("direct", node, dtype) == pytest.approx(
+        np.linalg.norm(plain - wanted) / np.linalg.norm(wanted), rel=0.1
+    )
+    assert rounding(f"winograd{tile}", node, DType.F32) == 0
+
+
+@pytest.mark.parametrize(
+    ("stored", "algorithm"), [(DType.F32, "winograd4"), (DType.F16, "winograd4"), (DType.BF16, "winograd2")]
+)
+def test_the_type_of_stored_weights_decides(rng, stored, algorithm):
+    graph = graph_of(conv(image(1, 128, 56, 56), weights(rng, 128, 128, 3, 3), pad=1))
+    done = check(ChooseAlgorithm(weights=stored), graph, rng)
+    assert done.outputs[0].op.algorithm == algorithm
+
+
+def test_rounding_forbids_what_it_would_spoil(rng):
+    graph = graph_of(conv(image(1, 64, 27, 27), weights(rng, 192, 64, 5, 5), pad=2))
+    assert ChooseAlgorithm().run(graph, TARGET).outputs[0].op.algorithm != "direct"
+    assert ChooseAlgorithm(weights=DType.BF16).run(graph, TARGET).outputs[0].op.algorithm == "direct"
