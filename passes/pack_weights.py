@@ -2,8 +2,8 @@
 
     dense(x, w) -> dense(x, w in OI16o)   for FEWEST_ROWS rows of x or more
 
-The block is two vectors.  A layer of fewer rows is bound by reading its weight, for which plain rows are as good; so
-where graphs for several batch sizes share a weight, it is packed if it is worth it for any of them.
+The block is two vectors, or four.  A layer of fewer rows is bound by reading its weight, for which plain rows are as
+good; so where graphs for several batch sizes share a weight, it is packed if it is worth it for any of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cnnc.ir.build import call
 from cnnc.ir.graph import Graph, Node, Value
 from cnnc.ir.rewrite import map_graph, rebuild
 from cnnc.ir.types import DType
-from cnnc.ops.blocked import weight_layout
+from cnnc.ops.blocked import packed_block, weight_layout
 from cnnc.ops.dense import Dense
 from cnnc.ops.source import Constant
 from cnnc.passes.registry import Pass
@@ -28,7 +28,7 @@ FEWEST_ROWS = 4
 
 @dataclass(frozen=True)
 class PackWeights(Pass):
-    """Pack the weights of all layers that are worth it; `block` outputs lie together, by default two vectors."""
+    """Pack the weights of all layers that are worth it; `block` outputs lie together, by default `packed_block`."""
 
     block: int = 0
 
@@ -47,7 +47,7 @@ class PackWeights(Pass):
         )
 
     def _pack(self, graph: Graph, target: Target, is_worth_it: Callable[[Node], bool]) -> Graph:
-        block = self.block or 2 * target.vector_lanes
+        block = self.block or packed_block(target.vector_lanes)
 
         def pack(node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
             if not is_worth_it(node):

@@ -2,8 +2,8 @@
 
     y[m, o] = sum over i of x[m, i] * weight[o, i]
 
-The weight is OI{2 * lanes}o: for each block of outputs, two vectors for each input, one input after the other.  A tile
-is `rows` numbers of x, each broadcast, times the two vectors.  A slice is `blocks` neighbouring blocks of the weight
+The weight is OI{block}o: for each block of outputs, its vectors for each input, one input after the other.  A tile
+is `rows` numbers of x, each broadcast, times those vectors.  A slice is `blocks` neighbouring blocks of the weight
 times a share of the rows; a block stays in a near cache while the rows pass by.  The method is that of Goto and van de
 Geijn, "Anatomy of High-Performance Matrix Multiplication", TOMS 2008, without packing x, which is read in the order it
 lies in memory.
@@ -24,7 +24,7 @@ from cnnc.backends.cpu.row_index import at_most, position
 from cnnc.backends.cpu.segments import even_split
 from cnnc.errors import VerifyError
 from cnnc.ir.graph import Node
-from cnnc.ops.blocked import weight_layout
+from cnnc.ops.blocked import packed_block, weight_layout
 from cnnc.ops.dense import Dense
 from cnnc.ops.fused import Fused, Schedule
 from cnnc.target import Target
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from cnnc.backends.cpu.body import Body
 
 __all__ = [
-    "VECTORS",
     "Columns",
     "PackedDense",
     "PackedParams",
@@ -43,9 +42,6 @@ __all__ = [
     "space",
     "weight_shape",
 ]
-
-VECTORS = 2
-"""Vectors in a block of the weight: with all the rows that fit, the tile that needs the fewest loads."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +55,14 @@ class PackedParams:
 
 def weight_shape(shape: DenseShape) -> tuple[int, int, int]:
     """Give the physical shape of the weight."""
-    width = VECTORS * shape.lanes
+    width = packed_block(shape.lanes)
     return (-(-shape.outputs // width), shape.inputs, width)
 
 
 def space(shape: DenseShape, machine: Machine) -> Iterator[PackedParams]:
     """Give the tile sizes worth considering."""
-    blocks = weight_shape(shape)[0]
-    fitting = [rows for rows in range(1, machine.registers) if machine.fits(rows, VECTORS)]
+    blocks, _, width = weight_shape(shape)
+    fitting = [rows for rows in range(1, machine.registers) if machine.fits(rows, width // shape.lanes)]
     for rows in sorted({even_split(shape.rows, most)[0][0] for most in fitting[-2:]}):
         row_tiles = -(-shape.rows // rows)
         for count in sorted({min(count, blocks) for count in (1, 2, 4, 8)}):
@@ -76,16 +72,17 @@ def space(shape: DenseShape, machine: Machine) -> Iterator[PackedParams]:
 
 def cost(shape: DenseShape, params: PackedParams, machine: Machine) -> float:
     """Estimate the seconds the kernel takes on all threads of the machine."""
-    blocks, row_tiles = weight_shape(shape)[0], -(-shape.rows // params.rows)
+    blocks, _, width = weight_shape(shape)
+    vectors, row_tiles = width // shape.lanes, -(-shape.rows // params.rows)
     slices = -(-row_tiles // params.tiles) * -(-blocks // params.blocks)
     waves = -(-slices // machine.threads) / slices
 
     compute = 0.0
     for rows, count in even_split(shape.rows, params.rows):
-        step = step_cycles(machine, rows, VECTORS)
-        compute += count * blocks * (step * shape.inputs + 14.0 + 2.0 * rows * VECTORS) * waves
+        step = step_cycles(machine, rows, vectors)
+        compute += count * blocks * (step * shape.inputs + 14.0 + 2.0 * rows * vectors) * waves
 
-    block_bytes = shape.weight_bytes * VECTORS * shape.lanes * shape.inputs
+    block_bytes = shape.weight_bytes * width * shape.inputs
     tile_bytes = 4.0 * params.rows * shape.inputs
     streamed = tile_bytes + (block_bytes if block_bytes + tile_bytes > 0.8 * machine.l1 else 0.0)
     near = row_tiles * blocks * streamed / machine.l2_bytes * waves
@@ -104,8 +101,8 @@ def build(shape: DenseShape, params: PackedParams, body: Body) -> Any:
 
     bound = body.bind((*shape.leading, shape.outputs))
     (x, weight), y = bound.operands[:2], bound.output()
-    lanes, width = shape.lanes, VECTORS * shape.lanes
-    columns = last_columns(shape.outputs, lanes)
+    lanes, width = shape.lanes, packed_block(shape.lanes)
+    columns = last_columns(shape.outputs, lanes, width // lanes)
 
     def tile(first_row: Any, block: Any, rows: int, part: Columns) -> Any:
         def at(r: Any, v: Any, lane: Any) -> list[Any]:
@@ -144,7 +141,7 @@ def build(shape: DenseShape, params: PackedParams, body: Body) -> Any:
         def run(part: Columns) -> Any:
             return loops.loop(tiles, lambda t: row_tile(first + t, block, part), "row_tile")
 
-        inner = run(Columns(0, VECTORS, lanes)) if blocks > bool(columns) else None
+        inner = run(Columns(0, width // lanes, lanes)) if blocks > bool(columns) else None
         last = loops.sequence(*map(run, columns)) if columns else inner
         return last if inner is None else inner if not columns else loops.when(block < blocks - 1, inner, last)
 
@@ -165,9 +162,9 @@ class Columns:
     outputs: int
 
 
-def last_columns(outputs: int, lanes: int) -> list[Columns]:
-    """Give what is computed of the last block where that is not full: whole vectors, and one that is none."""
-    full, ragged = divmod(outputs % (VECTORS * lanes), lanes)
+def last_columns(outputs: int, lanes: int, vectors: int) -> list[Columns]:
+    """Give what is computed of the last block, of `vectors`, where it is not full: whole vectors, and one that is none."""
+    full, ragged = divmod(outputs % (vectors * lanes), lanes)
     whole = [Columns(0, full, lanes)] if full else []
     return whole + ([Columns(full * lanes, 1, ragged)] if ragged else [])
 
@@ -210,7 +207,7 @@ def _find(kernel: Fused, target: Target) -> tuple[Node, DenseShape] | None:
     if anchor is None or not isinstance(anchor.op, Dense):
         return None
     x, weight = anchor.inputs[0].type, anchor.inputs[1].type
-    if x.layout is not None or weight.layout != weight_layout(2, 1, VECTORS * target.vector_lanes):
+    if x.layout is not None or weight.layout != weight_layout(2, 1, packed_block(target.vector_lanes)):
         return None
     outputs, inputs = weight.static_shape
     size = operand_bytes(anchor.inputs[1])

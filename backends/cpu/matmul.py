@@ -15,7 +15,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, params_of, schedule_of
-from cnnc.backends.cpu.gemm_packed import VECTORS
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.register_tile import step_cycles
 from cnnc.backends.cpu.segments import even_split
@@ -29,6 +28,10 @@ if TYPE_CHECKING:
     from cnnc.backends.cpu.body import Body
 
 __all__ = ["MatMulParams", "MatMulShape", "MatMulTemplate", "build", "cost", "space"]
+
+
+VECTORS = 2
+"""Vectors in a panel: products of attention heads have few columns."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from tvm import tirx
 
 from cnnc.backends.cpu import loops
 from cnnc.backends.cpu.body import Body
-from cnnc.backends.cpu.gemm_packed import VECTORS, Columns, last_columns
-from cnnc.backends.cpu.matmul import MatMulParams, MatMulShape
+from cnnc.backends.cpu.gemm_packed import Columns, last_columns
+from cnnc.backends.cpu.matmul import VECTORS, MatMulParams, MatMulShape
 from cnnc.backends.cpu.register_tile import RegisterTile, register_tile, store_sums
 from cnnc.backends.cpu.row_index import at_most, position
 from cnnc.backends.cpu.segments import even_split
@@ -47,7 +47,7 @@ class MatMulLoops:
 
     def _slice(self, batch: list[Any], panel: Any, first: Any) -> Any:
         """Pack a panel and run tiles of rows from number `first` on past it."""
-        ragged = last_columns(self.shape.columns, self.shape.lanes)
+        ragged = last_columns(self.shape.columns, self.shape.lanes, VECTORS)
         tiles = at_most(self.params.tiles, self.row_tiles, first)
 
         def run(part: Columns) -> Any:

@@ -25,6 +25,14 @@ def weight_layout(rank: int, input_block: int, output_block: int) -> Layout:
     return Layout(f"OI{_SPATIAL[rank - 2]}{inner}{output_block}o")
 
 
+def packed_block(lanes: int) -> int:
+    """Give how many outputs lie together in the packed weight of a fully connected layer, for vectors of `lanes` f32.
+
+    Four vectors where there are 32 registers: with 6 rows their tile needs the fewest loads; else two.
+    """
+    return (4 if lanes >= 16 else 2) * lanes
+
+
 def channel_block(name: str, what: str, type_: TensorType) -> int:
     """Give the channel block of activations, 1 for a plain tensor.
 

@@ -13,7 +13,7 @@ from cnnc.backends.cpu.body import plain_body
 from cnnc.backends.cpu.gemm import DenseShape
 from cnnc.backends.cpu.gemm_packed import PackedParams
 from cnnc.backends.cpu.machine import AVX2, AVX512, Machine
-from cnnc.ops.blocked import weight_layout
+from cnnc.ops.blocked import packed_block, weight_layout
 
 MACHINES = {8: AVX2, 16: AVX512}
 SIZES = [
@@ -36,7 +36,7 @@ def check(call_kernel: Any, shape: DenseShape, params: PackedParams, pieces: int
     w = rng.standard_normal((shape.outputs, shape.inputs), np.float32)
     r = rng.standard_normal((*shape.leading, shape.outputs), np.float32)
     b = rng.standard_normal(shape.outputs, np.float32)
-    packed = weight_layout(2, 1, gemm_packed.VECTORS * shape.lanes).pack(w)
+    packed = weight_layout(2, 1, packed_block(shape.lanes)).pack(w)
     assert packed.shape == gemm_packed.weight_shape(shape)
     bias, residual = te.placeholder(b.shape, name="bias"), te.placeholder(r.shape, name="residual")
 
