@@ -163,7 +163,7 @@ class Columns:
 
 
 def last_columns(outputs: int, lanes: int, vectors: int) -> list[Columns]:
-    """Give what is computed of the last block, of `vectors`, where it is not full: whole vectors, and one that is none."""
+    """Give what is computed of a last block of `vectors` that is not full: whole vectors, and one that is none."""
     full, ragged = divmod(outputs % (vectors * lanes), lanes)
     whole = [Columns(0, full, lanes)] if full else []
     return whole + ([Columns(full * lanes, 1, ragged)] if ragged else [])
