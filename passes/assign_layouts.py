@@ -62,8 +62,11 @@ class AssignLayouts(Pass):
     block: int = 0
 
     def run(self, graph: Graph, target: Target) -> Graph:
-        """Give the graph with layouts chosen and transforms put in; graphs with kernels in them stay as they are."""
-        if any(isinstance(node.op, Fused) for node in graph.nodes):
+        """Give the graph with layouts chosen and transforms put in.
+
+        Graphs with kernels in them stay as they are, and so do those for a GPU: blocks are the vectors of a CPU.
+        """
+        if target.is_gpu or any(isinstance(node.op, Fused) for node in graph.nodes):
             return graph
         block = self.block or target.vector_lanes
         if block == 1:

@@ -144,7 +144,12 @@ class ChooseAlgorithm(Pass):
     growth: float = math.inf
 
     def run(self, graph: Graph, target: Target) -> Graph:
-        """Set the algorithm of every convolution; one with transformed weights keeps the one they are for."""
+        """Set the algorithm of every convolution; one with transformed weights keeps the one they are for.
+
+        The algorithms, and what is known of their speed, are those of CPUs: for a GPU all stay as they are.
+        """
+        if target.is_gpu:
+            return graph
         chosen = self._choices(graph, target)
 
         def choose_algorithm(v: Value) -> Value | None:
