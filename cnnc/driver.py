@@ -30,8 +30,12 @@ from cnnc.target import Target
 if TYPE_CHECKING:
     import onnx
 
+    from cnnc.backends.cache import DiskCache
+    from cnnc.backends.cpu.build import Build
+    from cnnc.backends.host.library import LoadedModel
     from cnnc.frontends.dsl import Network
     from cnnc.passes.plan_memory import MemoryPlan
+    from cnnc.passes.tile import KernelTemplate
 
 Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | Network | Graph"
 
@@ -167,7 +171,6 @@ def lower(graph: Graph, options: Options, report: Report) -> Lowered:
     """Run the passes: from what the model says to kernels with schedules and addresses."""
     from cnnc.backends.cache import DiskCache, ScheduleCache
     from cnnc.backends.cpu.identity import ScheduleMemory
-    from cnnc.backends.cpu.templates import TEMPLATES
     from cnnc.backends.records import tuned_records
     from cnnc.passes.pipeline import pipeline, run_pipeline
     from cnnc.passes.plan_memory import plan_memory
@@ -178,7 +181,7 @@ def lower(graph: Graph, options: Options, report: Report) -> Lowered:
     memory = ScheduleMemory(ScheduleCache(disk))
     records = tuned_records(options.records, target, disk)
     chosen = pipeline(
-        *(options.level, TEMPLATES, options.passes, records),
+        *(options.level, _templates(target), options.passes, records),
         memory=memory,
         exact=options.exact,
         small=options.small,
@@ -190,24 +193,54 @@ def lower(graph: Graph, options: Options, report: Report) -> Lowered:
     return Lowered(lowered, plan, target)
 
 
-def _build(lowered: Lowered, digest: str, options: Options, report: Report, progress: Progress) -> Module:
-    from cnnc.backends.cache import DiskCache, KernelCache
-    from cnnc.backends.cpu.build import build
-    from cnnc.backends.host.jit import JitModel
+def _templates(target: Target) -> Sequence[KernelTemplate]:
+    if target.is_gpu:
+        from cnnc.backends.cuda import templates as gpu
 
-    built = build(
-        lowered.graph,
-        lowered.plan,
-        lowered.target,
-        kernel_cache=KernelCache(DiskCache() if options.cache else None),
-        meta={"cnnc": cnnc.__version__, "options": options.effective(), "model": digest},
-        progress=lambda done, total: progress("kernels", done, total),
-    )
-    report.kernels = len(built.objects)
+        return gpu.TEMPLATES
+    from cnnc.backends.cpu import templates as cpu
+
+    return cpu.TEMPLATES
+
+
+def _build(lowered: Lowered, digest: str, options: Options, report: Report, progress: Progress) -> Module:
+    from cnnc.backends.cache import DiskCache
+
+    disk = DiskCache() if options.cache else None
+    meta: dict[str, object] = {"cnnc": cnnc.__version__, "options": options.effective(), "model": digest}
+    backend = _build_for_gpu if lowered.target.is_gpu else _build_for_cpu
+    built, load = backend(lowered, disk, meta, lambda done, total: progress("kernels", done, total))
+    report.kernels = built.compiled + built.cached
     report.kernels_compiled = built.compiled
     report.arena_bytes = built.program.arena_bytes
     report.weight_bytes = built.program.weight_bytes
-    return Module(lambda: JitModel(built.program, built.objects), threads=options.threads, build=built)
+    return Module(load, threads=options.threads, build=built)
+
+
+Built: TypeAlias = "tuple[Build, Callable[[], LoadedModel]]"
+
+
+def _build_for_cpu(
+    lowered: Lowered, disk: DiskCache | None, meta: dict[str, object], progress: Callable[[int, int], None]
+) -> Built:
+    from cnnc.backends.cache import KernelCache
+    from cnnc.backends.cpu.build import build
+    from cnnc.backends.host.jit import JitModel
+
+    places = (lowered.graph, lowered.plan, lowered.target)
+    built = build(*places, kernel_cache=KernelCache(disk), meta=meta, progress=progress)
+    return built, lambda: JitModel(built.program, built.objects)
+
+
+def _build_for_gpu(
+    lowered: Lowered, disk: DiskCache | None, meta: dict[str, object], progress: Callable[[int, int], None]
+) -> Built:
+    from cnnc.backends.cuda.build import build
+    from cnnc.backends.host.link import load_linked
+
+    places = (lowered.graph, lowered.plan, lowered.target)
+    built = build(*places, disk=disk, meta=meta, progress=progress)
+    return built, lambda: load_linked(built.program, built.objects)
 
 
 def _import(source: Source, options: Options) -> Graph:

@@ -60,13 +60,13 @@ def build(
     symbols = {node: kernel_symbol(fused_of(node), target) for node in calls}
     kernels, compiled = _kernel_objects({symbols[n]: fused_of(n) for n in calls}, target, kernel_cache, progress)
     weights = WeightBlock()
-    slots = _slots(graph, plan, weights)
+    slots = slots_of(graph, plan, weights)
     checks = {node: run_time_indices(node) for node in calls}
     guards = {check_symbol(v.type, e): index_check(v.type, e) for found in checks.values() for v, e in found}
     program = Program(
         name=graph.name,
-        inputs=tuple(_port(name, v) for name, v in zip(graph.input_names, graph.inputs, strict=True)),
-        outputs=tuple(_port(name, v) for name, v in zip(graph.output_names, graph.outputs, strict=True)),
+        inputs=tuple(port_of(name, v) for name, v in zip(graph.input_names, graph.inputs, strict=True)),
+        outputs=tuple(port_of(name, v) for name, v in zip(graph.output_names, graph.outputs, strict=True)),
         calls=tuple(
             call
             for node in calls
@@ -152,7 +152,7 @@ def constant_type(constant: Constant) -> TensorType:
     return constant.infer().with_layout(constant.layout)
 
 
-def _slots(graph: Graph, plan: MemoryPlan, weights: WeightBlock) -> dict[Value, Slot]:
+def slots_of(graph: Graph, plan: MemoryPlan, weights: WeightBlock) -> dict[Value, Slot]:
     """Say where every value outside kernels lives."""
     slots: dict[Value, Slot] = {}
     for position, value in enumerate(graph.inputs):
@@ -210,7 +210,8 @@ def _kernel_call(node: Node, kernel: KernelObject, slots: dict[Value, Slot]) -> 
     )
 
 
-def _port(name: str, value: Value) -> Port:
+def port_of(name: str, value: Value) -> Port:
+    """Describe an input or output of the graph."""
     return Port(name, str(value.dtype), value.type.static_shape)
 
 
