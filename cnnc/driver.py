@@ -181,7 +181,7 @@ def lower(graph: Graph, options: Options, report: Report) -> Lowered:
     memory = ScheduleMemory(ScheduleCache(disk))
     records = tuned_records(options.records, target, disk)
     chosen = pipeline(
-        *(options.level, _templates(target), options.passes, records),
+        *(options.level, templates_for(target), options.passes, records),
         memory=memory,
         exact=options.exact,
         small=options.small,
@@ -193,7 +193,8 @@ def lower(graph: Graph, options: Options, report: Report) -> Lowered:
     return Lowered(lowered, plan, target)
 
 
-def _templates(target: Target) -> Sequence[KernelTemplate]:
+def templates_for(target: Target) -> Sequence[KernelTemplate]:
+    """Give the kernel templates of a target's back end."""
     if target.is_gpu:
         from cnnc.backends.cuda import templates as gpu
 

@@ -124,8 +124,8 @@ int {p}_abi_version(void);
 _IN_PLACE = "Data aligned to 64 bytes is used in place, other data is copied."
 _ON_GPU = """\
 The kernels run on the first GPU, which must be one for {arch};
- * CUDA's driver is loaded when the first context is made.  Data is in host memory, and copied to the GPU and back;
- * the number of threads changes nothing."""
+ * CUDA's driver is loaded when the first context is made (the object needs -ldl too).  Data is in host memory, and
+ * copied to the GPU and back; the number of threads changes nothing."""
 
 
 def emit_header(program: Program) -> str:

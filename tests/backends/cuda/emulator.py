@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +14,10 @@ import pytest
 from cnnc.backends.cuda.codegen import CudaSource, Launch
 from cnnc.ir.types import TensorType
 from cnnc.ops.fused import Fused
+from tests.backends.cuda.fake_nvcc import compile_library
 from tests.backends.running import poisoned, unpacked
 
-HEADERS = Path(__file__).parent / "emulation"
 FORWARD, BACKWARD, SHUFFLED = 0, 1, 2
-FLAGS = ("-std=c++17", "-O0", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-Wno-address")
-
-_FUNCTION = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\([^)]*\) \{')
-_PRELUDE = re.compile(r"(?m)^(?:#include|#define|template|//) ?.*\n")
-
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation of CUDA needs g++")
 
 
@@ -32,7 +25,10 @@ class Emulator:
     """Kernels of one g++ run."""
 
     def __init__(self, sources: Sequence[CudaSource], folder: Path) -> None:
-        self._library = ctypes.CDLL(str(compile_sources([source.text for source in sources], folder)))
+        # A path that was loaded before would give the old library again.
+        folder = Path(tempfile.mkdtemp(dir=folder))
+        compile_library([source.text for source in sources], folder, folder / "kernels.so")
+        self._library = ctypes.CDLL(str(folder / "kernels.so"))
 
     def run(self, source: CudaSource, arrays: Sequence[np.ndarray], order: int = FORWARD) -> None:
         """Launch a kernel's functions on its buffers, threads and blocks in the order given."""
@@ -94,22 +90,3 @@ def _physical(array: np.ndarray, view: np.ndarray) -> np.ndarray:
 def _fences_stand(memory: np.ndarray, view: np.ndarray) -> bool:
     start = view.ctypes.data - memory.ctypes.data
     return bool((memory[:start] == _FENCE).all() and (memory[start + view.nbytes :] == _FENCE).all())
-
-
-def compile_sources(texts: Sequence[str], folder: Path) -> Path:
-    """Compile CUDA sources, as they go to nvcc, into one library."""
-    folder = Path(tempfile.mkdtemp(dir=folder))
-    (folder / "kernels.cpp").write_text(emulated(texts))
-    command = ["g++", *FLAGS, "-I", HEADERS, folder / "kernels.cpp", "-o", folder / "kernels.so"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[:3000]
-    return folder / "kernels.so"
-
-
-def emulated(texts: Sequence[str]) -> str:
-    """Give the sources as one C++ file, one prelude for all, and a door to each function."""
-    headers = ["#include <cuda_fp16.h>\n", "#include <cuda_bf16.h>\n"]
-    prelude = next((text[: text.index("extern")] for text in texts if text), "")
-    functions = [_PRELUDE.sub("", text) for text in texts]
-    doors = [f"CNNC_EMULATED({name})\n" for text in functions for name in _FUNCTION.findall(text)]
-    return "".join(['#include "emulation.h"\n', *headers, prelude, *functions, *doors])

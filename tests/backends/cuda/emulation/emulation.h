@@ -217,6 +217,8 @@ const char *launch(void (*function)(A...), const unsigned *grid, const unsigned 
   return machine.error;
 }
 
+template <class... A> constexpr unsigned count_arguments(void (*)(A...)) { return sizeof...(A); }
+
 /* Waits until all lanes of the mask are here, and gives what lane `source` brought. */
 template <class T> T exchange(unsigned mask, T value, unsigned source) {
   static_assert(sizeof(T) <= sizeof(unsigned long long), "a shuffle moves up to 8 bytes");
@@ -326,8 +328,11 @@ static inline float4 make_float4(float x, float y, float z, float w) { return {x
 static inline int2 make_int2(int x, int y) { return {x, y}; }
 static inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 
-/* Makes a kernel callable: `const char *cnnc_emulated_NAME(grid, block, shared_bytes, arguments, order)`. */
+/* Makes a kernel callable: `const char *cnnc_emulated_NAME(grid, block, shared_bytes, arguments, order)`.
+ * `cnnc_arguments_NAME` is how many arguments it takes. */
 #define CNNC_EMULATED(name) \
+  extern "C" const unsigned cnnc_arguments_##name; \
+  const unsigned cnnc_arguments_##name = cnnc_emulation::count_arguments(name); \
   extern "C" const char *cnnc_emulated_##name(const unsigned *grid, const unsigned *block, unsigned shared_bytes, \
                                               void **arguments, unsigned order) { \
     return cnnc_emulation::launch(name, grid, block, shared_bytes, arguments, order); \
