@@ -30,6 +30,12 @@ MANY_OUTPUTS = 1 << 16
 LONG_SUM = 64
 """Terms from which a sum is worth a block of threads."""
 
+WARP = 32
+"""Threads that hand each other numbers without a barrier: no fewer share a sum."""
+
+TERMS = 16
+"""Terms a thread should have to add up by itself, where a sum is long enough."""
+
 _SPATIAL, _REDUCED = 0, 2
 
 
@@ -238,7 +244,8 @@ def _bind_sum(sch: Any, name: str) -> None:
     """Give every output of a reduction a block of threads, which share its terms."""
     spatial, reduced = _loops(sch, name)
     terms = sch.fuse(*reduced)
-    threads = min(THREADS, 1 << (int(sch.get(terms).extent) - 1).bit_length())
+    shares = int(sch.get(terms).extent) // TERMS
+    threads = min(THREADS, max(WARP, 1 << shares.bit_length()))
     output = sch.fuse(*spatial)
     _, lane = sch.split(terms, [None, threads])
     sch.bind(output, "blockIdx.x")

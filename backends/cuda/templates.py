@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from cnnc.backends.cpu.template import Template
+from cnnc.backends.cuda.conv_gemm import ConvGemm
 from cnnc.backends.cuda.generic import Generic
 from cnnc.errors import VerifyError
 
-TEMPLATES: tuple[Template, ...] = (Generic(),)
+TEMPLATES: tuple[Template, ...] = (ConvGemm(), Generic())
 
 
 def template(name: str) -> Template:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -204,7 +205,8 @@ def test_doctor_tells_of_cuda(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_doctor_is_content_without_cuda(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr("cnnc.backends.host.gpu.cuda_driver", lambda: None)
-    monkeypatch.setattr("cnnc.backends.cuda.nvcc.shutil.which", lambda name: None)
+    which = shutil.which
+    monkeypatch.setattr("cnnc.backends.cuda.nvcc.shutil.which", lambda name: None if name == "nvcc" else which(name))
     monkeypatch.setattr("cnnc.backends.cuda.nvcc._in_wheel", lambda: None)
     found = cuda_findings(capsys)
     assert {what: state for what, (state, _) in found.items()} == {"nvcc": "missing", "CUDA driver": "missing"}

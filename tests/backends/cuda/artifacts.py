@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 _SCRIPT = """
-import json, sys
+import sys
 import numpy as np
 import cnnc
 

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 import cnnc
+import cnnc.backends
+from cnnc.errors import EnvironmentProblem
 from cnnc.frontends.dsl import (
     Network,
     Tensor,
@@ -29,8 +31,8 @@ from cnnc.ir.build import call
 from cnnc.ir.graph import Graph
 from cnnc.ir.interp import evaluate
 from cnnc.ir.types import DType, TensorType
-from cnnc.ops import Add, Gather, Relu, Softmax
-from cnnc.ops.source import Input
+from cnnc.ops import Add, Gather, Mul, Softmax
+from cnnc.ops.source import Input, constant
 from tests.backends.cuda.artifacts import FakeGpu, Report
 from tests.backends.cuda.emulator import BACKWARD, FORWARD, SHUFFLED, needs_gxx
 
@@ -88,7 +90,7 @@ def check_network(net: Network, gpu: FakeGpu, folder: Path) -> None:
             assert np.array_equal(results[name], first.setdefault(name, results[name])), f"{name} in order {order}"
 
 
-@pytest.mark.parametrize(("name", "batch"), [("lenet5", 1), ("lenet5", 3), ("simple_cnn", 2)])
+@pytest.mark.parametrize(("name", "batch"), [("lenet5", 1), ("simple_cnn", 2)])
 def test_small_networks(name: str, batch: int, fake_gpu: FakeGpu, tmp_path: Path) -> None:
     net = load_network(f"{EXAMPLES / name}.py:{name}").with_batch(batch)
     check_network(net.init(seed=1), fake_gpu, tmp_path)
@@ -103,7 +105,8 @@ def test_a_small_resnet(fake_gpu: FakeGpu, tmp_path: Path) -> None:
 
 def softmax_of_rows() -> Graph:
     x, y = call(Input("x", TensorType((4, 9)))), call(Input("y", TensorType((4, 9))))
-    return Graph("rows", (x, y), (call(Softmax(1), call(Relu(), call(Add(), x, y))),), ("z",))
+    scale = constant(np.linspace(-1, 2, 9, dtype=np.float32))
+    return Graph("rows", (x, y), (call(Softmax(1), call(Mul(), call(Add(), x, y), scale)),), ("z",))
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +134,7 @@ static int say(int code) {
 int main(int count, char **arguments) {
   net_context *a = NULL, *b = NULL;
   uint64_t calls = 0;
+  setvbuf(stdout, NULL, _IOLBF, 0);
   if (say(net_create(1, &a)) != 0) {
     return a != NULL;
   }
@@ -153,7 +157,7 @@ int main(int count, char **arguments) {
     say(net_run(b, in, out));
     say(net_profile(b, 1));
     say(net_run(b, in, out));
-    printf("%d ms\n", (int)(net_kernel_ns(b, 0, &calls) / 1000000));
+    printf("%d ms\n", (int)(net_kernel_ns(b, 1, &calls) / 1000000));
     printf("%d calls, %d threads\n", (int)calls, net_threads(b));
     in[1] = NULL;
     say(net_run(b, in, out));
@@ -182,7 +186,7 @@ def test_a_c_program_uses_it(user: Path, fake_gpu: FakeGpu) -> None:
     codes = [line.split()[0] for line in done.stdout.splitlines()]
     assert codes == ["0", "0", "0", "0", "0", "0", "3", "1", "201", "0", "203"]
     assert "3 ms\n1 calls, 4 threads\n" in done.stdout
-    assert Report.of(done.stderr) == Report(launches=9, alive=0, retained=0, current=0)
+    assert Report.of(done.stderr) == Report(launches=12, alive=0, retained=0, current=0)
 
 
 def test_without_a_driver_it_says_so(user: Path) -> None:
@@ -225,13 +229,13 @@ def test_a_newer_gpu_of_the_generation_will_do(fake_gpu: FakeGpu, tmp_path: Path
 
 
 def test_a_second_context_may_find_no_memory(user: Path, fake_gpu: FakeGpu) -> None:
-    done = fake_gpu.start([user], "fail=cuMemAlloc_v2:2:1")
+    done = fake_gpu.start([user], "fail=cuMemAlloc_v2:2:2")
     assert done.stdout.splitlines() == ["0 no error", "605 not enough memory on the GPU", "0 no error"]
     assert (done.returncode, Report.of(done.stderr).alive) == (0, 0)
 
 
 FUNCTIONS = re.findall(r'"(cu[A-Z]\w+)"', (Path(cnnc.backends.__path__[0]) / "host/runtime/cuda.h").read_text())
-CLEANUP = re.compile("Destroy|Free|Unload|Release|Pop|ErrorString|SetAttribute")
+CLEANUP = re.compile("Destroy|Free|Unload|Release|Push|Pop|ErrorString|SetAttribute")
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
@@ -293,5 +297,5 @@ def test_a_model_in_this_process_meets_the_missing_driver() -> None:
     except OSError:
         pass
     module = cnnc.compile(softmax_of_rows(), target="cuda:sm_90")
-    with pytest.raises(cnnc.errors.EnvironmentProblem, match="rows: no CUDA driver"):
+    with pytest.raises(EnvironmentProblem, match="rows: no CUDA driver"):
         module.run(feeds_of(softmax_of_rows(), 1))

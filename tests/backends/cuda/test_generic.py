@@ -143,6 +143,7 @@ FUSED: list[tuple[Network, tuple[TensorType, ...]]] = [
     (sum_of_all, (TensorType((1, 1)),)),
     (sum_of_all, (TensorType((63,)),)),
     (sum_of_all, (TensorType((257,)),)),
+    (sum_of_all, (TensorType((16 * 256 + 3,)),)),
 ]
 
 
@@ -157,7 +158,7 @@ def test_fused_kernels(tmp_path: Path) -> None:
 
 
 def test_long_sums_are_shared_by_a_block() -> None:
-    source = source_of(fused_network(sum_of_all, (TensorType((257,)),)), "shared_sum")
+    source = source_of(fused_network(sum_of_all, (TensorType((5000,)),)), "shared_sum")
     first, second = source.launches
     assert (first.grid, first.block) == ((1, 1, 1), (256, 1, 1))
     assert "__syncthreads" in source.text

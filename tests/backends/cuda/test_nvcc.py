@@ -1,4 +1,4 @@
-"""nvcc: found or asked for, what it made checked, kernels remembered; with the real one where there is one."""
+"""nvcc: found or asked for, and what it says understood; with the real one where there is one."""
 
 from __future__ import annotations
 
@@ -13,23 +13,20 @@ import numpy as np
 import pytest
 
 import cnnc
-from cnnc.backends.cache import DiskCache
 from cnnc.backends.cuda import nvcc
 from cnnc.backends.cuda.generic import Generic
-from cnnc.backends.cuda.index_check import index_check
-from cnnc.backends.cuda.kernels import CudaKernel, compile_kernels, compiled, kernel_job
-from cnnc.backends.cuda.nvcc import Usage, compile_cubin, find_nvcc, read_usage
+from cnnc.backends.cuda.kernels import compiled, kernel_job
+from cnnc.backends.cuda.nvcc import Usage, find_nvcc, read_usage
 from cnnc.driver import Report
-from cnnc.errors import EnvironmentProblem, VerifyError
+from cnnc.errors import EnvironmentProblem
 from cnnc.frontends.dsl import load_network
 from cnnc.ir.build import call
 from cnnc.ir.graph import Graph
 from cnnc.ir.types import DType, TensorType
-from cnnc.ops import Conv, ReduceSum, Relu, Softmax
+from cnnc.ops import Conv, ReduceSum, Relu
 from cnnc.ops.fused import Fused
 from cnnc.ops.source import Input
 from cnnc.target import CUDA_ARCHS, Target
-from tests.backends.cuda.emulator import needs_gxx
 from tests.backends.running import fused_op
 
 ROOT = Path(__file__).parents[3]
@@ -88,48 +85,6 @@ def test_the_wheel_is_found_where_path_has_none(monkeypatch: pytest.MonkeyPatch,
         find_nvcc()
     program.touch()
     assert find_nvcc() == str(program)
-
-
-@needs_gxx
-@pytest.mark.usefixtures("emulating_nvcc")
-class TestWithTheStandIn:
-    """What needs no real nvcc."""
-
-    def test_kernels_are_remembered(self, tmp_path: Path) -> None:
-        fused = scheduled(fused_op(Softmax(1), (TensorType((3, 80)),)))
-        jobs = {"rows": kernel_job("rows", fused, SM_90)}
-        steps: list[tuple[int, int]] = []
-        first, compiled_first = compile_kernels(jobs, SM_90, DiskCache(tmp_path), lambda *step: steps.append(step))
-        again, compiled_again = compile_kernels(jobs, SM_90, DiskCache(tmp_path), lambda *step: steps.append(step))
-        other, compiled_other = compile_kernels(
-            {"rows": kernel_job("rows", fused, Target.parse("cuda:sm_80"))},
-            Target.parse("cuda:sm_80"),
-            DiskCache(tmp_path),
-            lambda *step: None,
-        )
-        assert (compiled_first, compiled_again, compiled_other) == (1, 0, 1)
-        assert first == again
-        assert first["rows"].launches == other["rows"].launches
-        assert len(first["rows"].launches) > 1
-        assert steps == [(0, 1), (1, 1), (1, 1)]
-
-    def test_a_launch_without_its_function_is_refused(self) -> None:
-        source = index_check(TensorType((3,), DType.I64), (5,))
-        gone = replace(source, launches=(replace(source.launches[0], function="gone"),))
-        with pytest.raises(VerifyError, match="nvcc made no gone, only"):
-            compile_cubin(gone, SM_90)
-
-    def test_more_shared_memory_than_there_is_is_refused(self) -> None:
-        source = index_check(TensorType((3,), DType.I64), (5,))
-        for arch, most in nvcc.MOST_SHARED_BYTES.items():
-            greedy = replace(source, launches=(replace(source.launches[0], shared_bytes=most + 1),))
-            with pytest.raises(VerifyError, match="bytes of shared memory are more than"):
-                compile_cubin(greedy, Target.parse(f"cuda:{arch}"))
-        assert set(nvcc.MOST_SHARED_BYTES) == set(CUDA_ARCHS)
-
-    def test_a_kernel_without_elements_has_no_code(self) -> None:
-        fused = scheduled(fused_op(Relu(), (TensorType((0, 4)),)))
-        assert compiled(kernel_job("empty", fused, SM_90).make(), SM_90) == CudaKernel("empty", b"", (), 0, ())
 
 
 # The real nvcc
