@@ -14,7 +14,7 @@ from cnnc.backends.host.toolchain import run_tool, work_folder
 from cnnc.errors import EnvironmentProblem, VerifyError
 from cnnc.target import Target
 
-CURE = "pip install 'cnnc[cuda]', or install NVIDIA's CUDA toolkit and put nvcc on PATH"
+CURE = "pip install nvidia-cuda-nvcc nvidia-cuda-cccl, or put the nvcc of NVIDIA's CUDA toolkit on PATH"
 
 FLAGS = ("-cubin", "-O3", "-std=c++17", "-w", "-Xptxas", "-v")
 """No fast math: divisions, roots and denormals are IEEE's, as on a CPU."""

@@ -210,7 +210,7 @@ def test_doctor_is_content_without_cuda(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr("cnnc.backends.cuda.nvcc._in_wheel", lambda: None)
     found = cuda_findings(capsys)
     assert {what: state for what, (state, _) in found.items()} == {"nvcc": "missing", "CUDA driver": "missing"}
-    assert "pip install 'cnnc[cuda]'" in found["nvcc"][1]
+    assert "pip install nvidia-cuda-nvcc" in found["nvcc"][1]
     assert "install NVIDIA's driver" in found["CUDA driver"][1]
 
 
