@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
+from cnnc.target import CUDA_ARCHS
+
 _MAJOR, _MINOR = 75, 76
 _NO_DEVICE = 100
 
@@ -15,6 +17,12 @@ class Gpu:
 
     name: str
     arch: str
+
+    @property
+    def target(self) -> str | None:
+        """The target for it: the highest architecture of its generation that is not above it; None if there is none."""
+        fitting = [known for known in CUDA_ARCHS if known[:-1] == self.arch[:-1] and known <= self.arch]
+        return f"cuda:{fitting[-1]}" if fitting else None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import click
 from cnnc.cli.report import print_json, print_table
 from cnnc.errors import EnvironmentProblem
 from cnnc.profiler.engines import ENGINES
-from cnnc.target import CUDA_ARCHS, Target, cpu_model_name
+from cnnc.target import Target, cpu_model_name
 
 _PINNED = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
 _NEEDED = ("llvmlite", "onnx", "numpy", "networkx", "protobuf", "safetensors", "pillow")
@@ -106,14 +106,11 @@ def _gpus() -> list[Finding]:
         return [Finding("CUDA driver", "missing", "install NVIDIA's driver, to run (not to compile) binaries for CUDA")]
     if driver.problem:
         return [Finding("CUDA driver", driver.problem, "reinstall NVIDIA's driver, and restart")]
-    gpus = [Finding(f"GPU {i}", f"{gpu.name} ({_fit(gpu.arch)})") for i, gpu in enumerate(driver.gpus)]
+    gpus = []
+    for i, gpu in enumerate(driver.gpus):
+        fit = f"--target {gpu.target}" if gpu.target else f"{gpu.arch}, which no target is for"
+        gpus.append(Finding(f"GPU {i}", f"{gpu.name} ({fit})"))
     return [Finding("CUDA driver", f"for CUDA {driver.version}, {len(gpus)} GPUs"), *gpus]
-
-
-def _fit(arch: str) -> str:
-    """Say which target is for GPUs of an architecture: the highest of its generation that is not above it."""
-    fitting = [known for known in CUDA_ARCHS if known[:-1] == arch[:-1] and known <= arch]
-    return f"--target cuda:{fitting[-1]}" if fitting else f"{arch}, which no target is for"
 
 
 def _cache() -> Finding:

@@ -113,6 +113,16 @@ int cuInit(unsigned flags) {
   return flags == 0 ? OK : INVALID_VALUE;
 }
 
+int cuDriverGetVersion(int *version) {
+  *version = 13000;
+  return OK;
+}
+
+int cuDeviceGetName(char *name, int bytes, int device) {
+  snprintf(name, (size_t)bytes, "stand-in %d", device);
+  return OK;
+}
+
 int cuGetErrorString(int error, const char **text) {
   *text = error == LAUNCH_FAILED ? "unspecified launch failure" : error == 700 ? "an illegal memory access was encountered" : NULL;
   return *text == NULL ? INVALID_VALUE : OK;

@@ -189,6 +189,17 @@ def test_a_c_program_uses_it(user: Path, fake_gpu: FakeGpu) -> None:
     assert Report.of(done.stderr) == Report(launches=12, alive=0, retained=0, current=0)
 
 
+def test_an_object_becomes_part_of_a_program(fake_gpu: FakeGpu, tmp_path: Path) -> None:
+    module = cnnc.compile(softmax_of_rows(), target="cuda:sm_90", name="net")
+    module.save(tmp_path / "net.o", emit=["obj", "header"])
+    (tmp_path / "user.c").write_text(PROGRAM)
+    command = ["cc", "-Wall", "-Werror", "user.c", "net.o", "-lm", "-lpthread", "-ldl", "-o", "user"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    done = fake_gpu.start([tmp_path / "user"])
+    assert done.returncode == 0, done.stderr
+    assert "3 ms\n1 calls, 4 threads\n" in done.stdout
+
+
 def test_without_a_driver_it_says_so(user: Path) -> None:
     try:
         ctypes.CDLL("libcuda.so.1")
