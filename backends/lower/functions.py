@@ -224,7 +224,8 @@ def _like(x: Expr, v: Any) -> Any:
     return x.node if _type(x.node) == _type(v) else tirx.Cast(_type(v), x.node)
 
 
-_ABS = "cnnc.abs"
+_ABS = "cnnc_abs"
+"""An instruction, and so none of the functions named `cnnc.exp` and so on, which CPUs compute several at once."""
 
 
 def _magnitude(x: Any) -> Any:
