@@ -31,8 +31,12 @@ from cnnc.target import Target
 if TYPE_CHECKING:
     import onnx
 
+    from cnnc.backends.cache import DiskCache
+    from cnnc.backends.cpu.build import Build
+    from cnnc.backends.host.library import LoadedModel
     from cnnc.frontends.dsl import Network
     from cnnc.passes.plan_memory import MemoryPlan
+    from cnnc.passes.tile import KernelTemplate
     from cnnc.passes.weight_report import WeightReport
 
 Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | Network | Graph"
@@ -216,7 +220,6 @@ def lower(graphs: Sequence[Graph], options: Options, report: Report) -> Lowered:
     """Run the passes: from what the model says to kernels with schedules and addresses."""
     from cnnc.backends.cache import DiskCache, ScheduleCache
     from cnnc.backends.cpu.identity import ScheduleMemory
-    from cnnc.backends.cpu.templates import TEMPLATES
     from cnnc.backends.records import tuned_records
     from cnnc.passes.pipeline import pipeline, run_together
     from cnnc.passes.plan_memory import plan_memory
@@ -225,12 +228,14 @@ def lower(graphs: Sequence[Graph], options: Options, report: Report) -> Lowered:
     for graph in graphs:
         _refuse_open_sizes(graph)
     target = Target.parse(options.target, options.threads)
+    if target.is_gpu:
+        _refuse_what_gpus_lack(options, target)
     weights = weight_type(options.weights, target)
     disk = DiskCache() if options.cache else None
     memory = ScheduleMemory(ScheduleCache(disk))
     records = tuned_records(options.records, target, disk)
     chosen = pipeline(
-        *(options.level, TEMPLATES, options.passes, records),
+        *(options.level, templates_for(target), options.passes, records),
         memory=memory,
         exact=options.exact,
         small=options.small,
@@ -246,6 +251,13 @@ def lower(graphs: Sequence[Graph], options: Options, report: Report) -> Lowered:
     return Lowered(lowered, tuple(plan_memory(graph, target) for graph in lowered), target)
 
 
+def _refuse_what_gpus_lack(options: Options, target: Target) -> None:
+    if len(options.batches) > 1:
+        raise UnsupportedError(f"{target}: a binary for a GPU has one batch size; compile one for each")
+    if options.weights != "f32":
+        raise UnsupportedError(f"{target}: weights in {options.weights} are for CPUs; leave out --weights")
+
+
 def _dump_folders(options: Options) -> list[Path | None]:
     """Give each batch size a folder of its own where there are several."""
     folder, batches = options.dump_ir, options.batches
@@ -254,25 +266,64 @@ def _dump_folders(options: Options) -> list[Path | None]:
     return [folder / f"batch{batch}" for batch in batches]
 
 
-def _build(lowered: Lowered, digest: str, options: Options, report: Report, progress: Progress) -> Module:
-    from cnnc.backends.cache import DiskCache, KernelCache
-    from cnnc.backends.cpu.build import build
-    from cnnc.backends.host.jit import JitModel
+def templates_for(target: Target) -> Sequence[KernelTemplate]:
+    """Give the kernel templates of a target's back end."""
+    if target.is_gpu:
+        from cnnc.backends.cuda import templates as gpu
 
-    built = build(
-        lowered.graphs,
-        lowered.plans,
-        lowered.target,
-        batches=[batch or 0 for batch in options.batches],
-        kernel_cache=KernelCache(DiskCache() if options.cache else None),
-        meta={"cnnc": cnnc.__version__, "options": options.effective(), "model": digest},
-        progress=lambda done, total: progress("kernels", done, total),
-    )
-    report.kernels = len(built.objects)
+        return gpu.TEMPLATES
+    from cnnc.backends.cpu import templates as cpu
+
+    return cpu.TEMPLATES
+
+
+def _build(lowered: Lowered, digest: str, options: Options, report: Report, progress: Progress) -> Module:
+    from cnnc.backends.cache import DiskCache
+
+    disk = DiskCache() if options.cache else None
+    meta: dict[str, object] = {"cnnc": cnnc.__version__, "options": options.effective(), "model": digest}
+    backend = _build_for_gpu if lowered.target.is_gpu else _build_for_cpu
+    batches = [batch or 0 for batch in options.batches]
+    built, load = backend(lowered, batches, disk, meta, lambda done, total: progress("kernels", done, total))
+    report.kernels = built.compiled + built.cached
     report.kernels_compiled = built.compiled
     report.arena_bytes = built.program.arena_bytes
     report.weight_bytes = built.program.weight_bytes
-    return Module(lambda: JitModel(built.program, built.objects), threads=options.threads, build=built)
+    return Module(load, threads=options.threads, build=built)
+
+
+Built: TypeAlias = "tuple[Build, Callable[[], LoadedModel]]"
+
+
+def _build_for_cpu(
+    lowered: Lowered,
+    batches: Sequence[int],
+    disk: DiskCache | None,
+    meta: dict[str, object],
+    progress: Callable[[int, int], None],
+) -> Built:
+    from cnnc.backends.cache import KernelCache
+    from cnnc.backends.cpu.build import build
+    from cnnc.backends.host.jit import JitModel
+
+    places = (lowered.graphs, lowered.plans, lowered.target)
+    built = build(*places, batches=batches, kernel_cache=KernelCache(disk), meta=meta, progress=progress)
+    return built, lambda: JitModel(built.program, built.objects)
+
+
+def _build_for_gpu(
+    lowered: Lowered,
+    batches: Sequence[int],
+    disk: DiskCache | None,
+    meta: dict[str, object],
+    progress: Callable[[int, int], None],
+) -> Built:
+    from cnnc.backends.cuda.build import build
+    from cnnc.backends.host.link import load_linked
+
+    (graph,), (plan,), (batch,) = lowered.graphs, lowered.plans, batches
+    built = build(graph, plan, lowered.target, batch=batch, disk=disk, meta=meta, progress=progress)
+    return built, lambda: load_linked(built.program, built.objects)
 
 
 def _importer(source: Source, options: Options) -> Callable[[int | None], Graph]:

@@ -101,6 +101,11 @@ class Module:
         return found
 
     @property
+    def target(self) -> str:
+        """What it was compiled for, as it was named: `cpu`, `cpu:x86-64-v3`, `cuda:sm_90`; empty if it does not say."""
+        return str(self.meta.get("options", {}).get("target", ""))
+
+    @property
     def kernels(self) -> Sequence[KernelInfo]:
         """The kernel calls, in order."""
         return _pick(self._model.variants, self._batch).kernels

@@ -1,4 +1,4 @@
-"""Targets: what a binary is made for, `cpu` (this machine) or a named CPU."""
+"""Targets: what a binary is made for: `cpu` (this machine), a named CPU, or a CUDA architecture."""
 
 from __future__ import annotations
 
@@ -32,6 +32,9 @@ CPUS: dict[str, tuple[str, ...]] = {
 }
 """The CPUs code can be made for, by LLVM name, each with the features its code may use."""
 
+CUDA_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90")
+"""The CUDA architectures code can be made for; a GPU also runs code for a lower one of the same first digit."""
+
 _FLAG_OF_FEATURE = {
     "sse3": "pni",
     "sse4.1": "sse4_1",
@@ -62,8 +65,8 @@ class Caches:
 class Target:
     """A kind of machine, the architecture code is made for, and the sizes that cost models read.
 
-    `str` gives what `parse` reads: `cpu:x86-64-v4`.  `threads` is only what cost models expect; a binary
-    runs with any number.
+    `str` gives what `parse` reads: `cpu:x86-64-v4`, `cuda:sm_90`.  `threads` is only what cost models expect; a binary
+    runs with any number.  What is said of vectors, LLVM and caches is of CPUs.
     """
 
     kind: str
@@ -74,19 +77,27 @@ class Target:
 
     @staticmethod
     def parse(text: str, threads: int = 1) -> Target:
-        """Read `cpu`, or `cpu:NAME` with a name from `CPUS`; raises `UsageError` for anything else.
+        """Read `cpu`, `cpu:NAME` with a name from `CPUS`, or `cuda:ARCH` with one from `CUDA_ARCHS`.
 
         `cpu` is the highest x86-64 level of this machine, so that a binary made here runs on every
-        machine of that level.
+        machine of that level.  Raises `UsageError` for anything else.
         """
         kind, _, arch = text.partition(":")
+        if kind == "cuda":
+            return _parse_cuda(text, arch, threads)
         if kind != "cpu":
-            raise UsageError(f"target {text!r} is not known; use cpu or cpu:NAME with NAME one of {', '.join(CPUS)}")
+            names = f"NAME one of {', '.join(CPUS)}, ARCH one of {', '.join(CUDA_ARCHS)}"
+            raise UsageError(f"target {text!r} is not known; use cpu, cpu:NAME or cuda:ARCH with {names}")
         if arch in ("", "native"):
             arch = native_arch()
         if arch not in CPUS:
             raise UsageError(f"target {text!r}: CPU {arch!r} is not known; use one of {', '.join(CPUS)}")
         return Target(kind, arch, CPUS[arch], machine_caches(), threads)
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether kernels run on a GPU: layouts stay plain there, and the algorithms of CPUs do not apply."""
+        return self.kind == "cuda"
 
     @property
     def vector_bytes(self) -> int:
@@ -126,6 +137,13 @@ class Target:
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.arch}"
+
+
+def _parse_cuda(text: str, arch: str, threads: int) -> Target:
+    if arch not in CUDA_ARCHS:
+        which = f"architecture {arch!r} is not known" if arch else "the architecture is missing"
+        raise UsageError(f"target {text!r}: {which}; use cuda:ARCH with ARCH one of {', '.join(CUDA_ARCHS)}")
+    return Target("cuda", arch, (), threads=threads)
 
 
 @cache

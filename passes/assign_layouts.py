@@ -67,11 +67,16 @@ class AssignLayouts(Pass):
     block: int = 0
 
     def run(self, graph: Graph, target: Target) -> Graph:
-        """Give the graph with layouts chosen and transforms put in; graphs with kernels in them stay as they are."""
+        """Give the graph with layouts chosen and transforms put in.
+
+        Graphs with kernels in them stay as they are, and so do those for a GPU: blocks are the vectors of a CPU.
+        """
         return self.run_together((graph,), target)[0]
 
     def run_together(self, graphs: Sequence[Graph], target: Target) -> tuple[Graph, ...]:
         """Choose for the first graph; the others follow it in how weights lie."""
+        if target.is_gpu:
+            return tuple(graphs)
         block = self.block or target.vector_lanes
         if block == 1 or any(isinstance(node.op, Fused) for graph in graphs for node in graph.nodes):
             return tuple(graphs)

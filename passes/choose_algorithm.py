@@ -196,11 +196,16 @@ class ChooseAlgorithm(Pass):
     weights: DType = DType.F32
 
     def run(self, graph: Graph, target: Target) -> Graph:
-        """Set the algorithm of every convolution; one with transformed weights keeps the one they are for."""
+        """Set the algorithm of every convolution; one with transformed weights keeps the one they are for.
+
+        The algorithms, and what is known of their speed, are those of CPUs: for a GPU all stay as they are.
+        """
         return self.run_together((graph,), target)[0]
 
     def run_together(self, graphs: Sequence[Graph], target: Target) -> tuple[Graph, ...]:
         """Choose once for all graphs."""
+        if target.is_gpu:
+            return tuple(graphs)
         chosen = self._choices(graphs, target)
         return tuple(self._apply(graph, chosen, shared=len(graphs) > 1) for graph in graphs)
 

@@ -33,8 +33,8 @@ class PackWeights(Pass):
     block: int = 0
 
     def run(self, graph: Graph, target: Target) -> Graph:
-        """Give the graph with packed weights."""
-        return self._pack(graph, target, _is_worth_it)
+        """Give the graph with packed weights; a GPU reads plain ones."""
+        return graph if target.is_gpu else self._pack(graph, target, _is_worth_it)
 
     def run_together(self, graphs: Sequence[Graph], target: Target) -> tuple[Graph, ...]:
         """Pack what is worth it in any of the graphs."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cnnc.backends.cuda.nvcc import CURE
 from cnnc.profiler.engines import ENGINES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +37,14 @@ def test_the_bench_extra_holds_the_engines():
     needed = {package for engine in ENGINES.values() for package in engine.needs}
     # PyTorch is installed in other ways on other machines.
     assert {re.split("[<>=]", requirement)[0] for requirement in extras["bench"]} == needed - {"torch"}
+
+
+def test_the_cuda_extra_holds_what_a_missing_nvcc_is_cured_with():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["cuda"]
+    assert {re.split("[<>=]", requirement)[0] for requirement in extras["cuda"]} == set(
+        re.findall(r"nvidia-[\w-]+", CURE)
+    )
 
 
 def test_folders_at_the_top_are_parts_of_the_package():

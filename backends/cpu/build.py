@@ -70,7 +70,7 @@ def build(
     guards = {check_symbol(v.type, e): index_check(v.type, e) for found in checks.values() for v, e in found}
     code = {node: kernels[symbols[node]] for node in calls}
     first, *others = (
-        _variant(batch, graph, _slots(graph, plan, weights), checks, code)
+        _variant(batch, graph, slots_of(graph, plan, weights), checks, code)
         for batch, graph, plan in zip(batches, graphs, plans, strict=True)
     )
     program = Program(
@@ -101,8 +101,8 @@ def _variant(
     """Fill in the ports and calls for one batch size."""
     return Variant(
         batch=batch,
-        inputs=tuple(_port(name, v) for name, v in zip(graph.input_names, graph.inputs, strict=True)),
-        outputs=tuple(_port(name, v) for name, v in zip(graph.output_names, graph.outputs, strict=True)),
+        inputs=tuple(port_of(name, v) for name, v in zip(graph.input_names, graph.inputs, strict=True)),
+        outputs=tuple(port_of(name, v) for name, v in zip(graph.output_names, graph.outputs, strict=True)),
         calls=tuple(
             call
             for node in fused_nodes(graph)
@@ -180,7 +180,7 @@ def constant_type(constant: Constant) -> TensorType:
     return constant.infer().with_layout(constant.layout)
 
 
-def _slots(graph: Graph, plan: MemoryPlan, weights: WeightBlock) -> dict[Value, Slot]:
+def slots_of(graph: Graph, plan: MemoryPlan, weights: WeightBlock) -> dict[Value, Slot]:
     """Say where every value outside kernels lives."""
     slots: dict[Value, Slot] = {}
     for position, value in enumerate(graph.inputs):
@@ -236,7 +236,8 @@ def _kernel_call(node: Node, kernel: KernelObject, slots: dict[Value, Slot]) -> 
     )
 
 
-def _port(name: str, value: Value) -> Port:
+def port_of(name: str, value: Value) -> Port:
+    """Describe an input or output of the graph."""
     return Port(name, str(value.dtype), value.type.static_shape)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import llvmlite.binding as llvm
 from llvmlite import ir
 
+from cnnc.backends.host.device_driver import describe_device
 from cnnc.backends.host.program import DTYPES, TABLE_SYMBOL, KernelCall, Port, Program, Slot, Variant
 
 TRIPLE = "x86_64-unknown-linux-gnu"
@@ -97,6 +98,8 @@ class _Driver:
     def build(self) -> ir.Module:
         self.module.triple = TRIPLE
         self._describe()
+        if self.program.device is not None:
+            describe_device(self, self.program.device)
         for suffix, (target, result, parameters) in _exports(self.program).items():
             self._export(suffix, target, result, parameters)
         return self.module
@@ -145,7 +148,8 @@ class _Driver:
         made.initializer = value
         return made
 
-    def _text(self, text: str) -> ir.GlobalVariable:
+    def text(self, text: str) -> ir.GlobalVariable:
+        """Give a C string."""
         # A C string ends at its first NUL and must be bytes; names come from models, so either may be tried.
         data = text.replace("\0", "\\0").encode("utf-8", "backslashreplace") + b"\0"
         if data not in self.texts:
@@ -153,7 +157,8 @@ class _Driver:
             self.texts[data] = self._constant(ir.Constant(array, bytearray(data)), "text")
         return self.texts[data]
 
-    def _array(self, element: ir.Type, values: Sequence[ir.Constant | int], hint: str) -> ir.Constant:
+    def array(self, element: ir.Type, values: Sequence[ir.Constant | int], hint: str) -> ir.Constant:
+        """Give an array, or a null pointer for none."""
         if not values:
             return ir.Constant(_PTR, None)
         return self._constant(ir.Constant(ir.ArrayType(element, len(values)), list(values)), hint)
@@ -161,28 +166,28 @@ class _Driver:
     def _ports(self, ports: Sequence[Port], hint: str) -> ir.Constant:
         rows = []
         for port in ports:
-            dims = self._array(_I64, [_I64(extent) for extent in port.shape], "dims")
+            dims = self.array(_I64, [_I64(extent) for extent in port.shape], "dims")
             number = DTYPES[port.dtype][0]
-            fields = [self._text(port.name), _I32(number), _I32(len(port.shape)), dims, _I64(port.nbytes)]
+            fields = [self.text(port.name), _I32(number), _I32(len(port.shape)), dims, _I64(port.nbytes)]
             rows.append(ir.Constant(_TENSOR, fields))
-        return self._array(_TENSOR, rows, hint)
+        return self.array(_TENSOR, rows, hint)
 
     def _kernels(self, calls: Sequence[KernelCall]) -> ir.Constant:
         rows = []
         for call in calls:
-            layers = self._array(_PTR, [self._text(layer) for layer in call.layers], "layers")
+            layers = self.array(_PTR, [self.text(layer) for layer in call.layers], "layers")
             fields = [
-                self._text(call.symbol),
+                self.text(call.symbol),
                 layers,
                 _I32(len(call.layers)),
                 _I32(call.slices),
                 _I64(call.flops),
                 _I64(call.bytes),
-                self._text(call.algorithm),
-                self._text(call.schedule),
+                self.text(call.algorithm),
+                self.text(call.schedule),
             ]
             rows.append(ir.Constant(_KERNEL, fields))
-        return self._array(_KERNEL, rows, "kernels")
+        return self.array(_KERNEL, rows, "kernels")
 
     def _variants(self, variants: Sequence[Variant]) -> ir.Constant:
         rows = []
@@ -198,14 +203,16 @@ class _Driver:
             ]
             rows.append(ir.Constant(_VARIANT, fields))
             first_step += len(variant.calls) + 1
-        return self._array(_VARIANT, rows, "variants")
+        return self.array(_VARIANT, rows, "variants")
 
     def _steps(self, variants: Sequence[Variant]) -> ir.Constant:
+        if self.program.device is not None:
+            return ir.Constant(_PTR, None)
         rows = []
         for variant in variants:
             rows += [ir.Constant(_STEP, [self._thunk(call), _I32(call.slices)]) for call in variant.calls]
             rows.append(ir.Constant(_STEP, [ir.Constant(_PTR, None), _I32(1)]))
-        return self._array(_STEP, rows, "steps")
+        return self.array(_STEP, rows, "steps")
 
     def _describe(self) -> None:
         program = self.program
@@ -213,11 +220,11 @@ class _Driver:
         if program.weight_bytes:
             weights = ir.GlobalVariable(self.module, ir.IntType(8), "cnnc_rt_weights")
         fields: list[ir.Constant] = [
-            self._text(program.name),
-            self._text(program.prefix),
-            self._text(program.cpu),
-            self._text(program.meta),
-            self._array(_PTR, [self._text(feature) for feature in program.features], "features"),
+            self.text(program.name),
+            self.text(program.prefix),
+            self.text(program.cpu),
+            self.text(program.meta),
+            self.array(_PTR, [self.text(feature) for feature in program.features], "features"),
             self._variants(program.variants),
             self._steps(program.variants),
             weights,

@@ -14,7 +14,7 @@ _TEMPLATE = """\
  *
  * Link with the shared library, or with the object and -lm -lpthread.  A context is used by one thread at a time;
  * each thread that wants to run the model creates its own.  Weights are shared between contexts.
- * Tensors are dense and row-major.  Data aligned to 64 bytes is used in place, other data is copied.
+ * Tensors are dense and row-major.  {memory}
  */
 #ifndef {guard}
 #define {guard}
@@ -42,7 +42,13 @@ enum {p}_error {{
   {p}_ERROR_TOO_MANY = 501,     /* 1024 contexts are alive */
   {p}_ERROR_MEMORY = 601,       /* not enough memory */
   {p}_ERROR_START_THREAD = 602, /* a thread cannot be started */
+  {p}_ERROR_DRIVER = 603,       /* CUDA's driver is missing or too old */
+  {p}_ERROR_NO_GPU = 604,       /* the driver shows no GPU */
+  {p}_ERROR_GPU_MEMORY = 605,   /* not enough memory on the GPU */
+  {p}_ERROR_GPU = 606,          /* the GPU or its driver failed; the error text tells how */
+  {p}_ERROR_FORKED = 607,       /* a GPU's context is used in a child of the process that made it */
   {p}_ERROR_CPU = 701,          /* the CPU lacks a feature; the error text names it */
+  {p}_ERROR_GPU_ARCH = 702,     /* the kernels are for another GPU */
   {p}_ERROR_KERNEL = 7001       /* a bug of cnnc */
 }};
 
@@ -75,8 +81,8 @@ typedef struct {p}_kernel_info {{
 int {p}_create(int threads, {p}_context **context);
 
 /* Reads the inputs and writes the outputs, in the order of {p}_input and {p}_output.  The result does
- * not depend on the number of threads.  After ERROR_VALUE and ERROR_KERNEL the outputs hold nothing of use, after any
- * other error they are as before; the context can be used again. */
+ * not depend on the number of threads.  After ERROR_VALUE, ERROR_GPU and ERROR_KERNEL the outputs hold nothing of use,
+ * after any other error they are as before; the context can be used again. */
 int {p}_run({p}_context *context, const void *const *inputs, void *const *outputs);
 
 /* Frees a context; null is allowed. */
@@ -134,6 +140,13 @@ uint64_t {p}_batch_kernel_ns({p}_context *context, int batch, int index, uint64_
 """
 
 
+_IN_PLACE = "Data aligned to 64 bytes is used in place, other data is copied."
+_ON_GPU = """\
+The kernels run on the first GPU, which must be one for {arch};
+ * CUDA's driver is loaded when the first context is made (the object needs -ldl too).  Data is in host memory, and
+ * copied to the GPU and back; the number of threads changes nothing."""
+
+
 def emit_header(program: Program) -> str:
     """Return the text of the header; names from the model appear in comments only, reduced to harmless characters."""
     prefix = program.prefix
@@ -147,6 +160,7 @@ def emit_header(program: Program) -> str:
     return _TEMPLATE.format(
         p=prefix,
         title=_harmless(program.name),
+        memory=_IN_PLACE if program.device is None else _ON_GPU.format(arch=program.device.arch),
         guard=f"CNNC_{prefix}_H",
         abi=ABI,
         ports="\n".join(f" * {line}" for line in ports) or " * no inputs, no outputs",

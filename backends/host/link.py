@@ -9,12 +9,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from cnnc.backends.host.device_driver import CUBINS_SYMBOL, cubin_pieces
 from cnnc.backends.host.driver import emit_driver, exported_symbols
 from cnnc.backends.host.elf_data import Pieces, stretch_section, write_data_object
+from cnnc.backends.host.library import SharedModel
 from cnnc.backends.host.program import ALIGNMENT, MAX_IMAGE, MAX_WEIGHTS, TABLE_SYMBOL, Program
 from cnnc.backends.host.publish import published
 from cnnc.backends.host.seal import seal_binary
-from cnnc.backends.host.toolchain import compiler, run_tool, runtime_objects, tool
+from cnnc.backends.host.toolchain import compiler, run_tool, runtime_objects, tool, work_folder
 from cnnc.errors import EnvironmentProblem, VerifyError
 
 _LINK_FLAGS = (
@@ -25,7 +27,7 @@ _LINK_FLAGS = (
     "-Wl,--no-undefined",
     "-Wl,--as-needed",
 )
-_LIBRARIES = ("-lm", "-lpthread")
+_LIBRARIES = ("-lm", "-lpthread", "-ldl")
 
 # Where a linked file keeps its weights: beyond all else, so that they get a segment of their own.
 _WEIGHTS = ".cnnc_weights"
@@ -41,7 +43,7 @@ def build_shared(program: Program, objects: Sequence[bytes], path: str | os.Path
     """
     with published(Path(path), mode=0o755) as out:
         folder = out.parent
-        names = _collect(folder, program, objects, runtime_objects(), _PLACEHOLDER)
+        names = _collect(folder, program, objects, _runtime(program), _PLACEHOLDER)
         exports = "".join(f"    {symbol};\n" for symbol in exported_symbols(program))
         (folder / "exports.map").write_text(f"{{\n  global:\n{exports}  local: *;\n}};\n")
         options = ["-shared", "-nostartfiles", "-Wl,--version-script=exports.map"]
@@ -49,11 +51,18 @@ def build_shared(program: Program, objects: Sequence[bytes], path: str | os.Path
         _finish(program, out)
 
 
+def load_linked(program: Program, objects: Sequence[bytes]) -> SharedModel:
+    """Link a shared library and load it into this process; its file is gone afterwards."""
+    with work_folder() as folder:
+        build_shared(program, objects, folder / "model.so")
+        return SharedModel(folder / "model.so", check=False)
+
+
 def build_executable(program: Program, objects: Sequence[bytes], path: str | os.PathLike[str]) -> None:
     """Write a command-line program that reads arrays or pictures and prints or writes the outputs."""
     with published(Path(path), mode=0o755) as out:
         folder = out.parent
-        names = _collect(folder, program, objects, runtime_objects(with_main=True), _PLACEHOLDER)
+        names = _collect(folder, program, objects, _runtime(program, with_main=True), _PLACEHOLDER)
         _link(program, folder, out, ["-pie", *names])
         _finish(program, out)
 
@@ -62,13 +71,17 @@ def build_object(program: Program, objects: Sequence[bytes], path: str | os.Path
     """Write one relocatable object, for linking into a program; only the model's own functions stay visible."""
     with published(Path(path)) as out:
         folder = out.parent
-        names = _collect(folder, program, objects, runtime_objects(), program.weights)
+        names = _collect(folder, program, objects, _runtime(program), program.weights)
         run_tool([tool("ld"), "-r", "-o", "all.o", *names], folder)
         # Two models in one program must not fight over the table for generic loaders.
         keep = [symbol for symbol in exported_symbols(program) if symbol != TABLE_SYMBOL]
         (folder / "keep.txt").write_text("".join(f"{symbol}\n" for symbol in keep))
         command = [tool("objcopy"), "--keep-global-symbols=keep.txt", "all.o", str(out)]
         run_tool(command, folder)
+
+
+def _runtime(program: Program, with_main: bool = False) -> list[bytes]:
+    return runtime_objects(with_main, for_device=program.device is not None)
 
 
 def _collect(
@@ -83,6 +96,9 @@ def _collect(
         if program.weight_bytes:
             names.append("weights.o")
             write_data_object(folder / names[-1], "cnnc_rt_weights", _WEIGHTS, weights)
+        if program.device is not None and program.device.modules:
+            names.append("cubins.o")
+            write_data_object(folder / names[-1], CUBINS_SYMBOL, ".cnnc_cubins", cubin_pieces(program.device))
     except OSError as error:
         raise EnvironmentProblem(f"cannot write to {folder.parent}: {error.strerror}") from error
     return names

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from cnnc.backends.host.device import DeviceCode
 from cnnc.errors import LimitError, VerifyError
 
-Space = Literal["input", "output", "weights", "arena", "scratch"]
+Space = Literal["input", "output", "weights", "arena", "scratch", "status"]
 
 # dtype name -> (number in the C interface, bytes of one element)
 DTYPES: dict[str, tuple[int, int]] = {
@@ -128,7 +129,8 @@ class Program:
 
     The weights are pieces of memory that follow each other without a gap; `features` are the CPU features the
     kernels need, of CPU_FEATURES; `meta` is JSON that travels in the binary.  `batch` is 0 where no batch size was
-    asked for; `others` is the model for further ones, over the same arena and weights.
+    asked for; `others` is the model for further ones, over the same arena and weights.  With `device` the kernels run
+    on a GPU: `calls` then only describe them, and there are no others.
     """
 
     name: str
@@ -143,6 +145,7 @@ class Program:
     meta: str = "{}"
     batch: int = 0
     others: tuple[Variant, ...] = ()
+    device: DeviceCode | None = None
 
     def __post_init__(self) -> None:
         check_program(self)
@@ -217,6 +220,19 @@ def _check_variant(program: Program, variant: Variant, arguments: dict[str, int]
             raise VerifyError(f"{where}: negative flops or bytes")
         for slot in call.args:
             _check_slot(program, where, slot)
+    if program.device is not None:
+        _check_device(program, program.device)
+
+
+def _check_device(program: Program, device: DeviceCode) -> None:
+    for index, launch in enumerate(device.launches):
+        where = f"{program.name}: launch {index} ({launch.function!r})"
+        if not 0 <= launch.module < len(device.modules) or not 0 <= launch.call < len(program.calls):
+            raise VerifyError(f"{where}: there is no module {launch.module} or no kernel {launch.call}")
+        if min(*launch.grid, *launch.block) < 1 or launch.shared_bytes < 0:
+            raise VerifyError(f"{where}: a grid of {launch.grid} blocks of {launch.block} threads")
+        for slot in launch.args:
+            _check_slot(program, where, slot)
 
 
 def _check_port(program: Program, port: Port) -> None:
@@ -233,6 +249,7 @@ def _check_slot(program: Program, where: str, slot: Slot) -> None:
         "weights": program.weight_bytes,
         "arena": program.arena_bytes,
         "scratch": program.scratch_bytes,
+        "status": 0 if program.device is None else 1,
     }
     if slot.space not in sizes:
         raise VerifyError(f"{where}: {slot.space!r} is no memory, known are {list(sizes)}")

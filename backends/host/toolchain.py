@@ -20,6 +20,7 @@ from cnnc.errors import EnvironmentProblem
 
 RUNTIME = Path(__file__).resolve().parent / "runtime"
 LIBRARY_SOURCES = ("context.c", "cpu.c", "info.c", "pool.c")
+DEVICE_SOURCES = ("cuda.c", "cuda_device.c", "cuda_library.c", "cpu.c", "info.c", "pool.c")
 PROGRAM_SOURCES = ("main.c", "npy.c", "picture.c", "png.c", "jpeg.c")
 FLAGS = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off")
 _NO_COMPILER = "no C compiler found: install gcc or clang (Debian, Ubuntu: apt install gcc), or set CC to one"
@@ -47,8 +48,8 @@ def tool(name: str) -> str:
     return name
 
 
-def run_tool(command: Sequence[str], folder: Path) -> str:
-    """Run a tool in `folder` and return what it printed; EnvironmentProblem with its message if it fails."""
+def run_tool(command: Sequence[str], folder: Path, both: bool = False) -> str:
+    """Run a tool in `folder` and return what it printed, with `both` on stderr too; EnvironmentProblem if it fails."""
     try:
         done = subprocess.run(
             command,
@@ -63,7 +64,7 @@ def run_tool(command: Sequence[str], folder: Path) -> str:
     if done.returncode != 0:
         message = done.stderr.decode("utf-8", "replace").strip()
         raise EnvironmentProblem(f"{command[0]} failed with status {done.returncode}: {message[:2000]}")
-    return done.stdout.decode("utf-8", "replace")
+    return (done.stdout + (done.stderr if both else b"")).decode("utf-8", "replace")
 
 
 @contextlib.contextmanager
@@ -83,9 +84,13 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("cnnc"))
 
 
-def runtime_objects(with_main: bool = False) -> list[bytes]:
-    """Return the runtime as relocatable objects; with `main`, picture and array readers for a program."""
-    names = LIBRARY_SOURCES + PROGRAM_SOURCES if with_main else LIBRARY_SOURCES
+def runtime_objects(with_main: bool = False, for_device: bool = False) -> list[bytes]:
+    """Return the runtime as relocatable objects, for kernels on the CPU or on a GPU.
+
+    With `main`, picture and array readers for a program are among them.
+    """
+    library = DEVICE_SOURCES if for_device else LIBRARY_SOURCES
+    names = library + PROGRAM_SOURCES if with_main else library
     return [_runtime_object(name) for name in names]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from tvm import tirx
 
 from cnnc.backends.lower import vector_math
 from cnnc.backends.lower.expr import TVM_DTYPES, Expr, Number, Operand, same_type
+from cnnc.backends.lower.operators import register_operator
 from cnnc.errors import VerifyError
 from cnnc.ir.types import DType
 
@@ -56,7 +58,7 @@ class Functions:
     def abs(self, x: Expr) -> Expr:
         """Give the magnitude."""
         if x.dtype.is_float:
-            return self._through_f32(x, lambda v: tirx.call_llvm_pure_intrin(_type(v), "llvm.fabs", v))
+            return self._through_f32(x, _magnitude)
         return x if self.is_unsigned(x) else self.select(x < 0, -x, x)
 
     def sqrt(self, x: Expr) -> Expr:
@@ -220,6 +222,24 @@ def _type(x: Any) -> str:
 def _like(x: Expr, v: Any) -> Any:
     """Give x's node in the type of `v`."""
     return x.node if _type(x.node) == _type(v) else tirx.Cast(_type(v), x.node)
+
+
+_ABS = "cnnc_abs"
+"""An instruction, and so none of the functions named `cnnc.exp` and so on, which CPUs compute several at once."""
+
+
+def _magnitude(x: Any) -> Any:
+    """Clear the sign, of NaN and -0.0 too, which TVM's own form (a comparison) does not."""
+    _register_abs()
+    return tirx.call_intrin(_type(x), _ABS, x)
+
+
+@cache
+def _register_abs() -> None:
+    def llvm(call: Any) -> Any:
+        return tirx.call_llvm_pure_intrin(_type(call), "llvm.fabs", call.args[0])
+
+    register_operator(_ABS, 1, llvm, cuda=lambda call: _libm("fabs", call.args[0]))
 
 
 def _libm(name: str, *args: Any) -> Any:

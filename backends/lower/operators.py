@@ -16,8 +16,16 @@ _registering = threading.Lock()
 """Kernels are compiled by several threads, and TVM takes each name once."""
 
 
-def register_operator(name: str, inputs: int, lowering: Callable[[Any], Any], description: str = "") -> None:
+def register_operator(
+    name: str,
+    inputs: int,
+    lowering: Callable[[Any], Any],
+    description: str = "",
+    cuda: Callable[[Any], Any] | None = None,
+) -> None:
     """Make an operator that works on vectors as on scalars; `lowering` gives the expression a call stands for.
+
+    `cuda` gives another one for CUDA.
 
     Registering a name again does nothing.
     """
@@ -30,4 +38,5 @@ def register_operator(name: str, inputs: int, lowering: Callable[[Any], Any], de
         tvm.ir.register_op_attr(name, "TVectorizable", True)
         tvm.ir.register_op_attr(name, "TCallEffectKind", _PURE)
         tirx.register_intrin_lowering(name, "llvm", f=lowering)
+        tirx.register_intrin_lowering(name, "cuda", f=cuda or lowering)
         _registered.add(name)

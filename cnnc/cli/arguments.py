@@ -62,7 +62,7 @@ def compile_options(function: F) -> F:
 def model_options(function: F) -> F:
     """Add the options of a compile but those about tuned records."""
     added = [
-        click.option("--target", default="cpu", show_default=True, help="cpu, or cpu:NAME such as cpu:x86-64-v3."),
+        click.option("--target", default="cpu", show_default=True, help="cpu, cpu:x86-64-v3, cuda:sm_90, ..."),
         click.option("--shape", "shapes", multiple=True, metavar="x=1x3x224x224", help="Fix an input's shape."),
         click.option("--batch", type=BatchSizes(), help="Fix the batch size; several make one binary for any of them."),
         click.option(

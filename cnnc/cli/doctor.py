@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import click
 
 from cnnc.cli.report import print_json, print_table
+from cnnc.errors import EnvironmentProblem
 from cnnc.profiler.engines import ENGINES
 from cnnc.target import Target, cpu_model_name
 
@@ -31,7 +32,7 @@ class Finding:
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(as_json: bool) -> int:
     """Check the tools and libraries that cnnc needs; exit 6 if one is missing."""
-    findings = [*_packages(), *_engines(), _compiler(), _cpu(), _cache()]
+    findings = [*_packages(), *_engines(), _compiler(), _cpu(), _nvcc(), *_gpus(), _cache()]
     broken = any(f.cure and f.fatal for f in findings)
     if as_json:
         print_json("doctor", {"healthy": not broken, "findings": [vars(f) for f in findings]})
@@ -83,6 +84,33 @@ def _cpu() -> Finding:
     target = Target.parse("cpu")
     vectors = f"{target.vector_bytes * 8}-bit vectors, {target.caches.l2 >> 10} KiB L2"
     return Finding("CPU", f"{cpu_model_name()} ({target}, {vectors})")
+
+
+def _nvcc() -> Finding:
+    """What compiles for `--target cuda:ARCH`; nothing else needs it."""
+    from cnnc.backends.cuda.nvcc import CURE, find_nvcc, nvcc_version
+
+    try:
+        release = next((line for line in nvcc_version().splitlines() if "release" in line), "of an unknown version")
+        return Finding("nvcc", f"{release.rpartition(', ')[2]} ({find_nvcc()})")
+    except EnvironmentProblem as problem:
+        return Finding("nvcc", "missing" if CURE in str(problem) else str(problem), CURE)
+
+
+def _gpus() -> list[Finding]:
+    """What runs binaries for CUDA; nothing else needs it."""
+    from cnnc.backends.host.gpu import cuda_driver
+
+    driver = cuda_driver()
+    if driver is None:
+        return [Finding("CUDA driver", "missing", "install NVIDIA's driver, to run (not to compile) binaries for CUDA")]
+    if driver.problem:
+        return [Finding("CUDA driver", driver.problem, "reinstall NVIDIA's driver, and restart")]
+    gpus = []
+    for i, gpu in enumerate(driver.gpus):
+        fit = f"--target {gpu.target}" if gpu.target else f"{gpu.arch}, which no target is for"
+        gpus.append(Finding(f"GPU {i}", f"{gpu.name} ({fit})"))
+    return [Finding("CUDA driver", f"for CUDA {driver.version}, {len(gpus)} GPUs"), *gpus]
 
 
 def _cache() -> Finding:

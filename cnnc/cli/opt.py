@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from cnnc.cli.arguments import compile_options, options_of
-from cnnc.driver import load_graph
+from cnnc.driver import load_graph, templates_for
 from cnnc.ir.text import print_graph
 from cnnc.target import Target
 
@@ -19,7 +19,6 @@ from cnnc.target import Target
 @compile_options
 def command(model: str | None, list_passes: bool, print_after_each: bool, **arguments: Any) -> None:
     """Run passes on MODEL (net.ir, net.onnx, file.py:network) and print the IR."""
-    from cnnc.backends.cpu.templates import TEMPLATES
     from cnnc.backends.records import tuned_records
     from cnnc.passes.pipeline import pipeline, run_pipeline
     from cnnc.passes.registry import PASSES
@@ -36,7 +35,7 @@ def command(model: str | None, list_passes: bool, print_after_each: bool, **argu
     target = Target.parse(options.target)
     records = tuned_records(options.records, target)
     steps = pipeline(
-        *(options.level, TEMPLATES, options.passes, records),
+        *(options.level, templates_for(target), options.passes, records),
         exact=options.exact,
         small=options.small,
         weights=weight_type(options.weights, target),

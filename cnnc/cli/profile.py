@@ -35,13 +35,20 @@ def command(model: str, repeats: int, sort: str, as_json: bool, **arguments: Any
     feeds = read_feeds(module, arguments)
     times = module.profile(feeds, repeats)
     wall = _wall_nanoseconds(module, feeds, repeats)
-    roofline = machine_roofline()
+    # The roofline is that of this machine's CPU, and says nothing of kernels on a GPU.
+    roofline = None if module.target.startswith("cuda:") else machine_roofline()
     if sort == "time":
         times = sorted(times, key=lambda t: -t.nanoseconds)
     if as_json:
         kernels = [{**asdict(t), "share": t.nanoseconds / wall, "roofline": _efficiency(t, roofline)} for t in times]
         print_json(
-            "profile", {"model": model, "wall_nanoseconds": wall, "roofline": asdict(roofline), "kernels": kernels}
+            "profile",
+            {
+                "model": model,
+                "wall_nanoseconds": wall,
+                "roofline": asdict(roofline) if roofline else None,
+                "kernels": kernels,
+            },
         )
         return
     if len(module.batches) > 1:
@@ -58,12 +65,12 @@ def _wall_nanoseconds(module: Module, feeds: dict[str, Any], repeats: int) -> fl
     return sum(seconds) / len(seconds)
 
 
-def _efficiency(kernel: KernelTiming, roofline: Roofline) -> float:
-    """Give the share of the roofline of one thread that the kernel reaches."""
-    return roofline.attainable(kernel.flops, kernel.bytes) / (kernel.nanoseconds * 1e-9)
+def _efficiency(kernel: KernelTiming, roofline: Roofline | None) -> float | None:
+    """Give the share of the roofline of one thread that the kernel reaches, where one is known."""
+    return None if roofline is None else roofline.attainable(kernel.flops, kernel.bytes) / (kernel.nanoseconds * 1e-9)
 
 
-def _print(times: Sequence[KernelTiming], wall: float, roofline: Roofline, threads: int) -> None:
+def _print(times: Sequence[KernelTiming], wall: float, roofline: Roofline | None, threads: int) -> None:
     columns = [("#", "right"), ("time", "right"), ("share", "right"), ("GFLOP/s", "right"), ("GB/s", "right")]
     columns += [("roofline", "right"), ("algorithm", "left"), ("layers", "left")]
     rows = []
@@ -76,7 +83,7 @@ def _print(times: Sequence[KernelTiming], wall: float, roofline: Roofline, threa
                 f"{nanoseconds / wall:.1%}",
                 f"{kernel.flops / nanoseconds:.1f}",
                 f"{kernel.bytes / nanoseconds:.1f}",
-                f"{_efficiency(kernel, roofline):.0%}",
+                _percent(_efficiency(kernel, roofline)),
                 kernel.algorithm,
                 _layers(kernel),
             ]
@@ -88,10 +95,17 @@ def _print(times: Sequence[KernelTiming], wall: float, roofline: Roofline, threa
         f"{len(times)} kernels take {seconds_text(total * 1e-9)}, a run {seconds_text(wall * 1e-9)}:"
         f" {1 - total / wall:.1%} is spent between kernels and on the way in and out"
     )
+    if roofline is None:
+        click.echo(f"{flops / wall:.1f} GFLOP/s over all")
+        return
     click.echo(
         f"{flops / wall:.1f} GFLOP/s over all; one core here: {roofline.flops / 1e9:.0f} GFLOP/s f32,"
         f" {roofline.bandwidth / 1e9:.0f} GB/s read; {threads} thread(s) used"
     )
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
 
 
 def _layers(kernel: KernelTiming) -> str:

@@ -56,12 +56,14 @@ def command(
     from cnnc.backends.records import user_file
     from cnnc.profiler.tune import tunable_kernels, without_record
 
+    target = Target.parse(arguments["target"], arguments["threads"])
+    if target.is_gpu:
+        raise UsageError(f"tune measures schedules on this machine's CPU; {target} has one schedule for each kernel")
     if isinstance(arguments["batch"], tuple):
         raise UsageError("a search is for one batch size; tune each by itself, the records are kept side by side")
     deadline = time.monotonic() + _parse_time(limit)
     path = user_file() if file is None else file
     untuned = open_model(model, {**arguments, "no_records": True}).module
-    target = Target.parse(arguments["target"], arguments["threads"])
     feeds = _feeds(untuned)
     all_kernels = tunable_kernels(_build_of(untuned), untuned.profile(feeds, _PROFILED_RUNS), target)
     kernels = without_record(all_kernels, path, target) if resume else all_kernels

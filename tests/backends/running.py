@@ -75,10 +75,11 @@ def run_fused(
     types = [value.type for value in fused.body.outputs]
     outputs = [poisoned(type_.physical_shape, type_.dtype.numpy) for type_ in types]
     run(library, kernel, [*inputs, *outputs])
-    return [_unpacked(type_, output) for type_, output in zip(types, outputs, strict=True)]
+    return [unpacked(type_, output) for type_, output in zip(types, outputs, strict=True)]
 
 
-def _unpacked(type_: TensorType, output: np.ndarray) -> np.ndarray:
+def unpacked(type_: TensorType, output: np.ndarray) -> np.ndarray:
+    """Give the logical array; asserts that pad lanes hold 0."""
     if type_.layout is None:
         return output
     logical = type_.layout.unpack(output, type_.static_shape)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cnnc.backends.host.gpu import Driver, Gpu
 from cnnc.cli import doctor
 from cnnc.cli.main import run
 
@@ -116,6 +118,8 @@ def test_dump_ir_and_time_passes(model: str, tmp_path: Path, capsys: pytest.Capt
         (["run", "missing.so"], 6, "missing.so"),
         (["compile", "{model}", "-o", "{folder}"], 6, "is a folder"),
         (["compile", "{model}", "-o", "x.so", "--target", "cpu:pentium9"], 2, "pentium9"),
+        (["compile", "{model}", "-o", "x.so", "--target", "cuda:sm_999"], 2, "sm_80, sm_86, sm_89, sm_90"),
+        (["tune", "{model}", "--target", "cuda:sm_90"], 2, "tune measures schedules on this machine's CPU"),
         (["compile", "{model}", "-o", "x.so", "--emit", "exe,elf"], 2, "elf"),
         (["compile", "{model}", "-o", "x.so", "--passes", "fold_batchnorm"], 2, "fold_batch_norm"),
         (["run", "{model}", "--input", "nothere=random"], 2, "nothere"),
@@ -183,3 +187,34 @@ def test_small_binaries_are_asked_for_by_a_level(tmp_path: Path):
     assert sizes["3"] > 2.5 * model
     assert sizes["s"] < 1.1 * model + (64 << 10), "the runtime's code beside the weights"
     assert run(["compile", f"{source}:net", "-O", "t", "-o", str(path)]) == 2
+
+
+def test_doctor_tells_of_cuda(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    driver = Driver("13.0", (Gpu("NVIDIA H200", "sm_90"), Gpu("NVIDIA A10", "sm_86"), Gpu("Tesla V100", "sm_70")))
+    monkeypatch.setattr("cnnc.backends.host.gpu.cuda_driver", lambda: driver)
+    monkeypatch.setattr("cnnc.backends.cuda.nvcc.find_nvcc", lambda: "/opt/nvcc")
+    monkeypatch.setattr("cnnc.backends.cuda.nvcc.nvcc_version", lambda: "Cuda\ntools, release 13.0, V13.0.88\nBuild")
+    assert cuda_findings(capsys) == {
+        "nvcc": ("V13.0.88 (/opt/nvcc)", ""),
+        "CUDA driver": ("for CUDA 13.0, 3 GPUs", ""),
+        "GPU 0": ("NVIDIA H200 (--target cuda:sm_90)", ""),
+        "GPU 1": ("NVIDIA A10 (--target cuda:sm_86)", ""),
+        "GPU 2": ("Tesla V100 (sm_70, which no target is for)", ""),
+    }
+
+
+def test_doctor_is_content_without_cuda(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("cnnc.backends.host.gpu.cuda_driver", lambda: None)
+    which = shutil.which
+    monkeypatch.setattr("cnnc.backends.cuda.nvcc.shutil.which", lambda name: None if name == "nvcc" else which(name))
+    monkeypatch.setattr("cnnc.backends.cuda.nvcc._in_wheel", lambda: None)
+    found = cuda_findings(capsys)
+    assert {what: state for what, (state, _) in found.items()} == {"nvcc": "missing", "CUDA driver": "missing"}
+    assert "pip install nvidia-cuda-nvcc" in found["nvcc"][1]
+    assert "install NVIDIA's driver" in found["CUDA driver"][1]
+
+
+def cuda_findings(capsys: pytest.CaptureFixture[str]) -> dict[str, tuple[str, str]]:
+    assert run(["doctor", "--json"]) == 0
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    return {f["what"]: (f["found"], f["cure"]) for f in findings if f["what"].startswith(("nvcc", "CUDA", "GPU"))}

@@ -160,3 +160,16 @@ def test_the_verifier_runs_after_each_pass(rng, broken):
     with pytest.raises(VerifyError, match=r"dense: has types \(f32\[7\]\), .* after breaks"):
         run_pipeline(network(rng), TARGET, [broken])
     run_pipeline(network(rng), TARGET, [broken], verify_each=False)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_gpu_gets_plain_layouts_and_direct_convolutions(rng, level):
+    graph = network(rng)
+    done = run_pipeline(graph, Target.parse("cuda:sm_90"), pipeline(level, [Anything()]))
+    assert_same_numbers(graph, done, rng)
+    bodies = [n.op.body for n in done.nodes if isinstance(n.op, Fused)]
+    nodes = [node for body in (done, *bodies) for node in body.nodes]
+    assert all(type_.layout is None for node in nodes for type_ in node.types)
+    assert all(node.op.algorithm == "direct" for node in nodes if node.op.name == "conv")
+    if level > 0:
+        assert any(len([n for n in body.nodes if n.inputs]) > 1 for body in bodies)

@@ -28,7 +28,13 @@ enum cnnc_rt_error {
   CNNC_RT_ERROR_TOO_MANY = 501,
   CNNC_RT_ERROR_MEMORY = 601,
   CNNC_RT_ERROR_START_THREAD = 602,
+  CNNC_RT_ERROR_DRIVER = 603,
+  CNNC_RT_ERROR_NO_GPU = 604,
+  CNNC_RT_ERROR_GPU_MEMORY = 605,
+  CNNC_RT_ERROR_GPU = 606,
+  CNNC_RT_ERROR_FORKED = 607,
   CNNC_RT_ERROR_CPU = 701,
+  CNNC_RT_ERROR_GPU_ARCH = 702,
   CNNC_RT_ERROR_KERNEL = 7001
 };
 
@@ -104,7 +110,7 @@ extern const cnnc_rt_model cnnc_rt_the_model;
 /* info.c: the variant for a batch size; NULL if there is none. */
 const cnnc_rt_variant *cnnc_rt_find(int batch);
 
-/* context.c; what takes no batch size is for the first. */
+/* context.c, or cuda.c in a binary for GPUs; what takes no batch size is for the first. */
 int cnnc_rt_create(int threads, cnnc_rt_context **out);
 int cnnc_rt_run(cnnc_rt_context *context, const void *const *inputs, void *const *outputs);
 int cnnc_rt_run_batch(cnnc_rt_context *context, int batch, const void *const *inputs, void *const *outputs);
@@ -130,6 +136,8 @@ const cnnc_rt_kernel *cnnc_rt_batch_kernel(int batch, int index);
 const char *cnnc_rt_meta(void);
 const char *cnnc_rt_error_text(int code);
 int cnnc_rt_abi_version(void);
+/* What the last error of a GPU was, for CNNC_RT_ERROR_GPU; NULL until there is one. */
+extern _Atomic(const char *) cnnc_rt_gpu_text;
 
 /* What `cnnc_model_v1` points to: enough to use any cnnc binary without knowing its prefix. */
 typedef struct cnnc_rt_table {

@@ -55,6 +55,8 @@ const char *cnnc_rt_meta(void) { return MODEL.meta; }
 
 int cnnc_rt_abi_version(void) { return CNNC_RT_ABI; }
 
+_Atomic(const char *) cnnc_rt_gpu_text;
+
 const char *cnnc_rt_error_text(int code) {
   switch (code) {
     case CNNC_RT_OK:
@@ -79,6 +81,20 @@ const char *cnnc_rt_error_text(int code) {
       return "not enough memory";
     case CNNC_RT_ERROR_START_THREAD:
       return "a thread cannot be started: ask for fewer threads, or raise the limit on processes";
+    case CNNC_RT_ERROR_DRIVER:
+      return "no CUDA driver: libcuda.so.1 cannot be loaded, or is older than CUDA 11.4; install NVIDIA's driver";
+    case CNNC_RT_ERROR_NO_GPU:
+      return "no CUDA device: the driver is there but shows no GPU (is CUDA_VISIBLE_DEVICES set?)";
+    case CNNC_RT_ERROR_GPU_MEMORY:
+      return "not enough memory on the GPU";
+    case CNNC_RT_ERROR_GPU: {
+      const char *text = atomic_load(&cnnc_rt_gpu_text);
+      return text != NULL ? text : "the GPU or its driver failed";
+    }
+    case CNNC_RT_ERROR_FORKED:
+      return "the GPU cannot be used in a process forked after the first context was made: create contexts in the child";
+    case CNNC_RT_ERROR_GPU_ARCH:
+      return "the model was compiled for another GPU: see the target in its meta data, and compile it for this one";
     case CNNC_RT_ERROR_CPU: {
       const char *missing = cnnc_rt_missing_feature(MODEL.features, MODEL.feature_count);
       return missing != NULL ? missing : "this CPU lacks a feature that the model was compiled for";

@@ -145,7 +145,7 @@ def test_header_and_runtime_agree(small: Any) -> None:
     several = replace(one, batch=1, others=(Variant(2, one.inputs, one.outputs, one.calls),))
     header = emit_header(several)
     assert codes(header, "small") == codes(inner, "CNNC_RT")
-    assert len(codes(header, "small")) == 13
+    assert len(codes(header, "small")) == 19
     declared = set(re.findall(r"\b(small_\w+)\(", header))
     assert declared == {f"small_{suffix}" for suffix in SUFFIXES}
     assert re.findall(r"CNNC_RT_ABI (\d+)", inner) == re.findall(r"small_ABI_VERSION (\d+)", header) == [str(ABI)]

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from cnnc.backends.host.toolchain import FLAGS, LIBRARY_SOURCES, PROGRAM_SOURCES, RUNTIME
+from cnnc.backends.host.toolchain import DEVICE_SOURCES, FLAGS, LIBRARY_SOURCES, PROGRAM_SOURCES, RUNTIME
+
+ALL_SOURCES = sorted({*LIBRARY_SOURCES, *DEVICE_SOURCES, *PROGRAM_SOURCES})
 
 # Each kernel adds one, and reads both neighbours, which other lanes have written; some are serial, some have
 # few slices, some are slow, some fail.  Runs change between batch sizes of ten, one and four kernels.
@@ -259,11 +261,11 @@ def test_helpers_that_get_no_cpu_hold_nobody_up(tmp_path: Path, sanitizer: str) 
 
 
 @pytest.mark.parametrize("compiler", [name for name in ("gcc", "clang") if shutil.which(name)])
-@pytest.mark.parametrize("name", LIBRARY_SOURCES + PROGRAM_SOURCES)
+@pytest.mark.parametrize("name", ALL_SOURCES)
 def test_no_warnings(compiler: str, name: str, tmp_path: Path) -> None:
     strict = ["-Wall", "-Wextra", "-Werror", "-pedantic", "-Wshadow", "-Wvla", "-Wstrict-prototypes"]
     subprocess.run([compiler, *FLAGS, *strict, "-c", RUNTIME / name, "-o", tmp_path / "x.o"], check=True)
 
 
 def test_every_runtime_file_is_built() -> None:
-    assert sorted(path.name for path in RUNTIME.glob("*.c")) == sorted(LIBRARY_SOURCES + PROGRAM_SOURCES)
+    assert sorted(path.name for path in RUNTIME.glob("*.c")) == ALL_SOURCES

@@ -1,0 +1,1 @@
+"""The CUDA back end: kernels as CUDA source through TVM, machine code through nvcc."""

@@ -1,0 +1,18 @@
+"""The GPU's kernel templates: the table of contents of this folder."""
+
+from __future__ import annotations
+
+from cnnc.backends.cpu.template import Template
+from cnnc.backends.cuda.conv_gemm import ConvGemm
+from cnnc.backends.cuda.generic import Generic
+from cnnc.errors import VerifyError
+
+TEMPLATES: tuple[Template, ...] = (ConvGemm(), Generic())
+
+
+def template(name: str) -> Template:
+    """Give a template by the name schedules carry."""
+    for candidate in TEMPLATES:
+        if candidate.name == name:
+            return candidate
+    raise VerifyError(f"there is no CUDA template {name!r}; there are {', '.join(t.name for t in TEMPLATES)}")

@@ -1,0 +1,44 @@
+"""What of a program runs on a GPU: machine code for one architecture, and the launches of a run in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cnnc.backends.host.program import Slot
+
+CUBIN_ALIGNMENT = 64
+"""Bytes each module in a binary is aligned to."""
+
+
+@dataclass(frozen=True)
+class DeviceLaunch:
+    """One launch of a function of a module; `call` is the kernel call, by its number, that it is a part of.
+
+    `shared_bytes` are of dynamic shared memory.  The slot ("status", 0) is a word that is 0 when a run begins, and
+    that a launch sets where a value is out of range.
+    """
+
+    call: int
+    module: int
+    function: str
+    args: tuple[Slot, ...]
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class DeviceCode:
+    """Modules (cubins) for GPUs of an architecture, `sm_90`, and all launches of one run."""
+
+    arch: str
+    modules: tuple[bytes, ...] = field(repr=False)
+    launches: tuple[DeviceLaunch, ...]
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """The compute capability: (9, 0) for `sm_90`."""
+        digits = self.arch.removeprefix("sm_")
+        return int(digits[:-1]), int(digits[-1])

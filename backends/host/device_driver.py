@@ -1,0 +1,91 @@
+"""The part of the generated driver that a model for GPUs adds: modules and launches, as `runtime/cuda.h` has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from llvmlite import ir
+
+from cnnc.backends.host.device import CUBIN_ALIGNMENT, DeviceCode, DeviceLaunch
+from cnnc.backends.host.program import Slot
+
+CUBINS_SYMBOL = "cnnc_rt_cubins"
+"""All modules one after the other, each aligned; an object of its own."""
+
+SPACES = ("input", "output", "weights", "arena", "scratch", "status")
+"""Memory by its number in `cnnc_rt_space`."""
+
+_I32 = ir.IntType(32)
+_I64 = ir.IntType(64)
+_PTR = ir.PointerType()
+_SIZES = ir.ArrayType(_I32, 3)
+_ARGUMENT = ir.LiteralStructType([_I64, _I32])
+_LAUNCH = ir.LiteralStructType([_PTR, _PTR, _I32, _I32, _I32, _SIZES, _SIZES, _I32])
+
+
+class Tables(Protocol):
+    """What a driver under construction offers: texts and arrays of its module."""
+
+    @property
+    def module(self) -> ir.Module:
+        """The module they go into."""
+
+    def text(self, text: str) -> ir.Constant:
+        """Give a C string."""
+
+    def array(self, element: ir.Type, values: Sequence[ir.Constant | int], hint: str) -> ir.Constant:
+        """Give an array, or a null pointer for none."""
+
+
+def describe_device(tables: Tables, device: DeviceCode) -> None:
+    """Add `cnnc_rt_the_device`; its fields are in the order of `cnnc_rt_device`."""
+    major, minor = device.capability
+    fields: list[ir.Constant] = [
+        tables.array(_PTR, _modules(tables.module, device), "modules"),
+        tables.array(_LAUNCH, [_launch(tables, launch) for launch in device.launches], "launches"),
+        _I32(len(device.modules)),
+        _I32(len(device.launches)),
+        _I32(sum(len(launch.args) for launch in device.launches)),
+        _I32(major),
+        _I32(minor),
+    ]
+    kind = ir.LiteralStructType([value.type for value in fields])
+    described = ir.GlobalVariable(tables.module, kind, "cnnc_rt_the_device")
+    described.global_constant = True
+    described.initializer = ir.Constant(kind, fields)
+
+
+def cubin_pieces(device: DeviceCode) -> list[bytes]:
+    """Give all modules as they lie behind `CUBINS_SYMBOL`."""
+    return [piece for module in device.modules for piece in (module, bytes(-len(module) % CUBIN_ALIGNMENT))]
+
+
+def _modules(module: ir.Module, device: DeviceCode) -> list[ir.Constant]:
+    if not device.modules:
+        return []
+    blob = ir.GlobalVariable(module, ir.IntType(8), CUBINS_SYMBOL)
+    starts, at = [], 0
+    for cubin in device.modules:
+        starts.append(blob.gep([_I64(at)]))
+        at += -(-len(cubin) // CUBIN_ALIGNMENT) * CUBIN_ALIGNMENT
+    return starts
+
+
+def _launch(tables: Tables, launch: DeviceLaunch) -> ir.Constant:
+    arguments = [_argument(slot) for slot in launch.args]
+    fields = [
+        tables.text(launch.function),
+        tables.array(_ARGUMENT, arguments, "arguments"),
+        _I32(len(arguments)),
+        _I32(launch.module),
+        _I32(launch.call),
+        ir.Constant(_SIZES, [_I32(size) for size in launch.grid]),
+        ir.Constant(_SIZES, [_I32(size) for size in launch.block]),
+        _I32(launch.shared_bytes),
+    ]
+    return ir.Constant(_LAUNCH, fields)
+
+
+def _argument(slot: Slot) -> ir.Constant:
+    return ir.Constant(_ARGUMENT, [_I64(slot.offset), _I32(SPACES.index(slot.space))])

@@ -1,0 +1,62 @@
+"""The GPUs of this machine, as CUDA's driver shows them."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+from cnnc.target import CUDA_ARCHS
+
+_MAJOR, _MINOR = 75, 76
+_NO_DEVICE = 100
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU: its name, and the architecture it is of."""
+
+    name: str
+    arch: str
+
+    @property
+    def target(self) -> str | None:
+        """The target for it: the highest architecture of its generation that is not above it; None if there is none."""
+        fitting = [known for known in CUDA_ARCHS if known[:-1] == self.arch[:-1] and known <= self.arch]
+        return f"cuda:{fitting[-1]}" if fitting else None
+
+
+@dataclass(frozen=True)
+class Driver:
+    """CUDA's driver: the version of CUDA it runs, its GPUs in its order, and what is wrong with it (if anything is)."""
+
+    version: str
+    gpus: tuple[Gpu, ...] = ()
+    problem: str = ""
+
+
+def cuda_driver() -> Driver | None:
+    """Ask CUDA's driver what it has; None where there is none."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version, count = ctypes.c_int(), ctypes.c_int()
+    try:
+        library.cuDriverGetVersion(ctypes.byref(version))
+        code = library.cuInit(0) or library.cuDeviceGetCount(ctypes.byref(count))
+    except AttributeError as error:
+        return Driver("?", problem=f"libcuda.so.1 is no driver of CUDA: {error}")
+    text = f"{version.value // 1000}.{version.value % 1000 // 10}"
+    if code not in (0, _NO_DEVICE):
+        return Driver(text, problem=f"it cannot be used (CUDA error {code})")
+    return Driver(text, tuple(_gpu(library, index) for index in range(count.value)))
+
+
+def _gpu(library: ctypes.CDLL, index: int) -> Gpu:
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    name = ctypes.create_string_buffer(256)
+    library.cuDeviceGet(ctypes.byref(device), index)
+    library.cuDeviceGetName(name, len(name), device)
+    library.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
+    library.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
+    return Gpu(name.value.decode("utf-8", "replace"), f"sm_{major.value}{minor.value}")

@@ -1,0 +1,11 @@
+/* nv_bfloat16, as generated kernels use it. */
+#pragma once
+
+#include "narrow_float.h"
+
+using nv_bfloat16 = NarrowFloat<8>;
+using __nv_bfloat16 = nv_bfloat16;
+CNNC_NARROW_OPERATORS(nv_bfloat16)
+
+static inline nv_bfloat16 __float2bfloat16(float value) { return nv_bfloat16(value); }
+static inline float __bfloat162float(nv_bfloat16 value) { return float(value); }

@@ -1,0 +1,353 @@
+/* CUDA's thread model on one CPU thread, so that CUDA source compiles with g++ and runs.
+ *
+ * Blocks run one after the other, their threads as fibers: each until it waits (__syncthreads, a shuffle) or ends.  The
+ * order is the caller's: two threads that share memory without a barrier between them give other numbers in another
+ * order.  Shared memory is poisoned before each block.  What CUDA leaves undefined (a barrier that some threads do not
+ * reach, a shuffle that waits for a lane that ended) is reported, not guessed at.
+ */
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace cnnc_emulation {
+
+enum { WARP = 32, STACK_BYTES = 1 << 16, MOST_THREADS = 1024, POISON = 0xA5 };
+
+enum Order : unsigned { FORWARD, BACKWARD, SHUFFLED /* and beyond: seeds */ };
+
+struct Index {
+  unsigned x, y, z;
+};
+
+enum class State { READY, AT_BARRIER, AT_SHUFFLE, DONE };
+
+struct Warp {
+  unsigned live = 0;     /* lanes that have not ended */
+  unsigned arrived = 0;  /* lanes that wait in a shuffle */
+  unsigned mask = 0;     /* lanes it waits for */
+  unsigned long long given[WARP];
+  unsigned long long taken[WARP];
+};
+
+struct Thread {
+  void *stack; /* where it goes on, while others run */
+  Index index;
+  unsigned lane;
+  Warp *warp;
+  State state;
+};
+
+struct Machine {
+  void *scheduler; /* the stack of who let the current thread run */
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::vector<char> dynamic_shared;
+  Thread *current = nullptr;
+  Index grid, block, block_index;
+  void (*body)(void *) = nullptr;
+  void *argument = nullptr;
+  const char *error = nullptr;
+  unsigned long long random = 0;
+};
+
+static Machine machine;
+
+static char *stacks() {
+  static char *memory = static_cast<char *>(std::aligned_alloc(64, std::size_t(MOST_THREADS) * STACK_BYTES));
+  return memory;
+}
+
+/* Saves what the System V ABI for x86-64 has a function keep, and goes on where another stack was left.  swapcontext
+ * would do, with two calls of the kernel each time. */
+__asm__(".text\n"
+        ".type cnnc_switch, @function\n"
+        "cnnc_switch:\n"
+        "  pushq %rbp\n  pushq %rbx\n  pushq %r12\n  pushq %r13\n  pushq %r14\n  pushq %r15\n"
+        "  movq %rsp, (%rdi)\n"
+        "  movq %rsi, %rsp\n"
+        "  popq %r15\n  popq %r14\n  popq %r13\n  popq %r12\n  popq %rbx\n  popq %rbp\n"
+        "  ret\n"
+        ".size cnnc_switch, . - cnnc_switch\n");
+extern "C" void cnnc_switch(void **leave, void *enter) __attribute__((visibility("hidden")));
+
+static void wait(State state) {
+  machine.current->state = state;
+  cnnc_switch(&machine.current->stack, machine.scheduler);
+}
+
+static void enter_thread() {
+  machine.body(machine.argument);
+  machine.current->warp->live &= ~(1u << machine.current->lane);
+  wait(State::DONE);
+}
+
+/* A stack that starts in `enter_thread`, aligned as after a call: six registers, where to go, no one to return to. */
+static void *new_stack(unsigned number) {
+  void **top = reinterpret_cast<void **>(stacks() + std::size_t(number + 1) * STACK_BYTES);
+  std::memset(top - 8, 0, 8 * sizeof *top);
+  top[-2] = reinterpret_cast<void *>(enter_thread);
+  return top - 8;
+}
+
+static unsigned next_random() {
+  machine.random = machine.random * 6364136223846793005ull + 1442695040888963407ull;
+  return unsigned(machine.random >> 33);
+}
+
+static std::vector<unsigned> in_order(unsigned count, unsigned order) {
+  std::vector<unsigned> result(count);
+  for (unsigned i = 0; i < count; i++) {
+    result[i] = order == BACKWARD ? count - 1 - i : i;
+  }
+  for (unsigned i = count; order >= SHUFFLED && i > 1; i--) {
+    std::swap(result[i - 1], result[next_random() % i]);
+  }
+  return result;
+}
+
+/* Each binary's static shared memory, in one section. */
+extern "C" char __start_cnnc_shared[] __attribute__((weak, visibility("hidden")));
+extern "C" char __stop_cnnc_shared[] __attribute__((weak, visibility("hidden")));
+
+static void poison_shared() {
+  if (&__start_cnnc_shared[0] != nullptr) {
+    std::memset(__start_cnnc_shared, POISON, std::size_t(__stop_cnnc_shared - __start_cnnc_shared));
+  }
+  if (!machine.dynamic_shared.empty()) {
+    std::memset(machine.dynamic_shared.data(), POISON, machine.dynamic_shared.size());
+  }
+}
+
+static void start_threads() {
+  unsigned count = unsigned(machine.threads.size());
+  machine.warps.assign((count + WARP - 1) / WARP, Warp());
+  for (unsigned i = 0; i < count; i++) {
+    Thread &thread = machine.threads[i];
+    thread.index = {i % machine.block.x, i / machine.block.x % machine.block.y, i / machine.block.x / machine.block.y};
+    thread.lane = i % WARP;
+    thread.warp = &machine.warps[i / WARP];
+    thread.warp->live |= 1u << thread.lane;
+    thread.state = State::READY;
+    thread.stack = new_stack(i);
+  }
+}
+
+/* Lets the threads that wait in complete shuffles go on; tells whether there were any. */
+static bool release_shuffles() {
+  bool released = false;
+  for (Warp &warp : machine.warps) {
+    if (warp.arrived != 0 && (warp.mask & ~warp.arrived) == 0) {
+      std::memcpy(warp.taken, warp.given, sizeof warp.taken);
+      for (Thread &thread : machine.threads) {
+        if (thread.warp == &warp && thread.state == State::AT_SHUFFLE) {
+          thread.state = State::READY;
+        }
+      }
+      warp.arrived = 0;
+      released = true;
+    }
+  }
+  return released;
+}
+
+static bool run_block(unsigned order) {
+  poison_shared();
+  start_threads();
+  unsigned count = unsigned(machine.threads.size());
+  for (;;) {
+    for (unsigned i : in_order(count, order)) {
+      Thread &thread = machine.threads[i];
+      if (thread.state == State::READY) {
+        machine.current = &thread;
+        cnnc_switch(&machine.scheduler, thread.stack);
+      }
+    }
+    if (machine.error != nullptr) {
+      return false;
+    }
+    if (release_shuffles()) {
+      continue;
+    }
+    unsigned waiting = 0, done = 0;
+    for (Thread &thread : machine.threads) {
+      waiting += thread.state == State::AT_BARRIER;
+      done += thread.state == State::DONE;
+    }
+    if (done == count) {
+      return true;
+    }
+    if (waiting != count) {
+      machine.error = waiting != 0 ? "some threads wait in __syncthreads, others never reach it"
+                                   : "a shuffle waits for lanes that never reach it";
+      return false;
+    }
+    for (Thread &thread : machine.threads) {
+      thread.state = State::READY;
+    }
+  }
+}
+
+template <class... A> struct Call {
+  void (*function)(A...);
+  void **arguments;
+
+  template <std::size_t... I> void apply(std::index_sequence<I...>) {
+    function(*static_cast<std::remove_reference_t<A> *>(arguments[I])...);
+  }
+  static void run(void *self) { static_cast<Call *>(self)->apply(std::index_sequence_for<A...>()); }
+};
+
+/* Runs a kernel; arguments are pointers to the arguments, as cuLaunchKernel takes them.  Gives an error's text. */
+template <class... A>
+const char *launch(void (*function)(A...), const unsigned *grid, const unsigned *block, unsigned shared_bytes,
+                   void **arguments, unsigned order) {
+  Call<A...> call{function, arguments};
+  std::size_t threads = std::size_t(block[0]) * block[1] * block[2];
+  if (threads == 0 || threads > MOST_THREADS || std::size_t(grid[0]) * grid[1] * grid[2] == 0) {
+    return "no GPU can launch this many threads";
+  }
+  machine.grid = {grid[0], grid[1], grid[2]};
+  machine.block = {block[0], block[1], block[2]};
+  machine.threads.resize(threads);
+  machine.dynamic_shared.assign(shared_bytes, 0);
+  machine.body = Call<A...>::run;
+  machine.argument = &call;
+  machine.error = nullptr;
+  machine.random = order;
+  for (unsigned i : in_order(grid[0] * grid[1] * grid[2], order)) {
+    machine.block_index = {i % grid[0], i / grid[0] % grid[1], i / grid[0] / grid[1]};
+    if (!run_block(order)) {
+      break;
+    }
+  }
+  return machine.error;
+}
+
+template <class... A> constexpr unsigned count_arguments(void (*)(A...)) { return sizeof...(A); }
+
+/* Waits until all lanes of the mask are here, and gives what lane `source` brought. */
+template <class T> T exchange(unsigned mask, T value, unsigned source) {
+  static_assert(sizeof(T) <= sizeof(unsigned long long), "a shuffle moves up to 8 bytes");
+  Thread &thread = *machine.current;
+  Warp &warp = *thread.warp;
+  if (!(mask >> thread.lane & 1u) || (mask & ~warp.live) != 0 || (warp.arrived != 0 && warp.mask != mask)) {
+    machine.error = "a shuffle's mask is not the lanes that are there";
+  }
+  std::memcpy(&warp.given[thread.lane], &value, sizeof value);
+  warp.arrived |= 1u << thread.lane;
+  warp.mask = mask;
+  wait(State::AT_SHUFFLE);
+  std::memcpy(&value, &warp.taken[source], sizeof value);
+  return value;
+}
+
+/* The lane a shuffle reads, its own where that lies outside of its group of `width` lanes. */
+static unsigned source_lane(int target, int width) {
+  int lane = int(machine.current->lane), first = lane / width * width;
+  return unsigned(target < first || target >= first + width ? lane : target);
+}
+
+} // namespace cnnc_emulation
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static __attribute__((section("cnnc_shared")))
+/* g++ takes no alignas after `static`. */
+#define alignas(bytes) __attribute__((aligned(bytes)))
+
+#define threadIdx (cnnc_emulation::machine.current->index)
+#define blockIdx (cnnc_emulation::machine.block_index)
+#define blockDim (cnnc_emulation::machine.block)
+#define gridDim (cnnc_emulation::machine.grid)
+
+static inline void __syncthreads() { cnnc_emulation::wait(cnnc_emulation::State::AT_BARRIER); }
+
+static inline unsigned __activemask() { return cnnc_emulation::machine.current->warp->live; }
+
+static inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  cnnc_emulation::exchange(mask & __activemask(), 0, cnnc_emulation::machine.current->lane);
+}
+
+template <class T> T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
+  int first = int(cnnc_emulation::machine.current->lane) / width * width;
+  return cnnc_emulation::exchange(mask, value, unsigned(first + lane % width));
+}
+
+template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  int lane = int(cnnc_emulation::machine.current->lane + delta);
+  return cnnc_emulation::exchange(mask, value, cnnc_emulation::source_lane(lane, width));
+}
+
+template <class T> T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  int lane = int(cnnc_emulation::machine.current->lane) - int(delta);
+  return cnnc_emulation::exchange(mask, value, cnnc_emulation::source_lane(lane, width));
+}
+
+template <class T> T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
+  int lane = int(cnnc_emulation::machine.current->lane) ^ bits;
+  return cnnc_emulation::exchange(mask, value, cnnc_emulation::source_lane(lane, width));
+}
+
+/* Fibers change places only where they wait, so that every plain access is atomic. */
+template <class T> T atomicAdd(T *address, T value) {
+  T old = *address;
+  *address = old + value;
+  return old;
+}
+
+template <class T> T atomicMax(T *address, T value) {
+  T old = *address;
+  *address = old > value ? old : value;
+  return old;
+}
+
+template <class T> T atomicCAS(T *address, T compare, T value) {
+  T old = *address;
+  *address = old == compare ? value : old;
+  return old;
+}
+
+/* Of integers only: CUDA's for floats pass over NaN, and no kernel may use them. */
+template <class A, class B, class T = std::common_type_t<A, B>>
+std::enable_if_t<std::is_integral_v<T>, T> max(A a, B b) {
+  return T(a) > T(b) ? T(a) : T(b);
+}
+
+template <class A, class B, class T = std::common_type_t<A, B>>
+std::enable_if_t<std::is_integral_v<T>, T> min(A a, B b) {
+  return T(a) < T(b) ? T(a) : T(b);
+}
+
+template <class T> struct Vector1 { T x; };
+template <class T> struct __attribute__((aligned(2 * sizeof(T)))) Vector2 { T x, y; };
+template <class T> struct __attribute__((aligned(4 * sizeof(T)))) Vector4 { T x, y, z, w; };
+using float2 = Vector2<float>;
+using float4 = Vector4<float>;
+using int2 = Vector2<int>;
+using int4 = Vector4<int>;
+using double2 = Vector2<double>;
+static inline float2 make_float2(float x, float y) { return {x, y}; }
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline int2 make_int2(int x, int y) { return {x, y}; }
+static inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+
+/* Makes a kernel callable: `const char *cnnc_emulated_NAME(grid, block, shared_bytes, arguments, order)`.
+ * `cnnc_arguments_NAME` is how many arguments it takes. */
+#define CNNC_EMULATED(name) \
+  extern "C" const unsigned cnnc_arguments_##name; \
+  const unsigned cnnc_arguments_##name = cnnc_emulation::count_arguments(name); \
+  extern "C" const char *cnnc_emulated_##name(const unsigned *grid, const unsigned *block, unsigned shared_bytes, \
+                                              void **arguments, unsigned order) { \
+    return cnnc_emulation::launch(name, grid, block, shared_bytes, arguments, order); \
+  }

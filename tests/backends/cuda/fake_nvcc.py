@@ -1,0 +1,60 @@
+"""A stand-in for nvcc: makes, of CUDA source, a library that runs it on the CPU, in the place of a cubin.
+
+Together with `fake_libcuda.c`, which loads such a library as a module, whole artifacts run where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+HEADERS = Path(__file__).parent / "emulation"
+FLAGS = ("-std=c++17", "-O0", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-Wno-address")
+
+_FUNCTION = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\([^)]*\) \{')
+_PRELUDE = re.compile(r"(?m)^(?:#include|#define|template|//) ?.*\n")
+
+
+def emulated(texts: Sequence[str]) -> str:
+    """Give CUDA sources as one C++ file, one prelude for all, and a door to each function."""
+    headers = ["#include <cuda_fp16.h>\n", "#include <cuda_bf16.h>\n"]
+    prelude = next((text[: text.index("extern")] for text in texts if text), "")
+    functions = [_PRELUDE.sub("", text) for text in texts]
+    doors = [f"CNNC_EMULATED({name})\n" for text in functions for name in _FUNCTION.findall(text)]
+    return "".join(['#include "emulation.h"\n', *headers, prelude, *functions, *doors])
+
+
+def compile_library(texts: Sequence[str], folder: Path, out: Path) -> None:
+    """Compile CUDA sources into a library."""
+    (folder / "emulated.cpp").write_text(emulated(texts))
+    command = ["g++", *FLAGS, "-I", HEADERS, folder / "emulated.cpp", "-o", out]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:3000]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Do what the compiler asks nvcc for."""
+    if arguments == ["--version"]:
+        print("the emulation of CUDA")
+        return
+    out, source = arguments[arguments.index("-o") + 1], arguments[-1]
+    text = Path(source).read_text()
+    compile_library([text], Path.cwd(), Path.cwd() / out)
+    for name in _FUNCTION.findall(text):
+        print(f"ptxas info    : Compiling entry function '{name}' for 'sm_00'", file=sys.stderr)
+        print("    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", file=sys.stderr)
+        print("ptxas info    : Used 8 registers, used 0 barriers", file=sys.stderr)
+
+
+def install(folder: Path) -> Path:
+    """Write a program `nvcc` that runs this file; gives its folder, to be put on PATH."""
+    program = folder / "nvcc"
+    program.write_text(
+        f"#!{sys.executable}\nimport runpy, sys\n"
+        f"runpy.run_path({str(Path(__file__).resolve())!r})['main'](sys.argv[1:])\n"
+    )
+    program.chmod(0o755)
+    return folder

@@ -1,0 +1,189 @@
+"""The generic template's CUDA source computes every operator's examples, whatever the order of threads."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cnnc.backends.cuda.codegen import CudaSource, cuda_source
+from cnnc.backends.cuda.generic import Generic
+from cnnc.ir.build import call
+from cnnc.ir.graph import Graph, Value
+from cnnc.ir.op import OPERATORS, Example, as_tuple
+from cnnc.ir.types import DType, TensorType
+from cnnc.ops import binary, concat, norm, reduce, softmax, unary
+from cnnc.ops.fused import Fused
+from cnnc.ops.source import Input, constant
+from cnnc.target import Target
+from tests.backends.cuda.emulator import BACKWARD, FORWARD, SHUFFLED, Emulator, needs_gxx
+from tests.backends.running import assert_close, fused_op
+
+pytestmark = needs_gxx
+
+TARGET = Target.parse("cuda:sm_80")
+TEMPLATE = Generic()
+ORDERS = (FORWARD, BACKWARD, SHUFFLED + 1)
+
+
+def source_of(fused: Fused, symbol: str) -> CudaSource:
+    (chosen,) = TEMPLATE.space(fused, TARGET)
+    return cuda_source(TEMPLATE.build(fused, chosen, TARGET), symbol, TARGET)
+
+
+def plain_examples(name: str) -> list[Example]:
+    """The examples a GPU meets: blocked layouts are for the vectors of CPUs."""
+    return [e for e in OPERATORS[name].examples() if all(type_.layout is None for type_ in e.types)]
+
+
+NAMES = [name for name in sorted(OPERATORS) if plain_examples(name)]
+GROUPS = [NAMES[i : i + 16] for i in range(0, len(NAMES), 16)]
+
+
+@pytest.mark.parametrize("names", GROUPS, ids=lambda names: f"{names[0]}-{names[-1]}")
+def test_every_example_of_every_operator(names: Sequence[str], tmp_path: Path) -> None:
+    """Compile a group of operators in one go, since most of g++'s time goes into headers."""
+    cases = [(name, number, e) for name in names for number, e in enumerate(plain_examples(name))]
+    kernels = [fused_op(example.op, example.types) for _, _, example in cases]
+    sources = [source_of(fused, f"{c[0]}_{c[1]}") for c, fused in zip(cases, kernels, strict=True)]
+    emulator = Emulator(sources, tmp_path)
+    for (name, number, example), fused, source in zip(cases, kernels, sources, strict=True):
+        arrays = example.inputs(np.random.default_rng(zlib.crc32(f"{name} {number}".encode())))
+        wanted = as_tuple(example.op.reference(*arrays))
+        check_orders(emulator, source, fused, arrays, wanted)
+
+
+def check_orders(
+    emulator: Emulator,
+    source: CudaSource,
+    fused: Fused,
+    arrays: Sequence[np.ndarray],
+    wanted: Sequence[np.ndarray],
+    tolerance: float | None = None,
+) -> None:
+    """Hold the results against the reference, and those of other orders of threads against them, bit for bit."""
+    results = emulator.run_fused(source, fused, arrays, FORWARD)
+    for result, reference in zip(results, wanted, strict=True):
+        assert_close(result, reference, tolerance)
+    for order in ORDERS[1:]:
+        again = emulator.run_fused(source, fused, arrays, order)
+        assert [a.tobytes() for a in again] == [r.tobytes() for r in results], f"{source.symbol} in order {order}"
+
+
+# Fused kernels: what single operators do not show
+
+Network = Callable[..., Sequence[Value]]
+
+
+def fused_network(build: Network, types: Sequence[TensorType]) -> Fused:
+    inputs = tuple(call(Input(f"x{i}", type_)) for i, type_ in enumerate(types))
+    return Fused(Graph("kernel", inputs, tuple(build(*inputs))), "network")
+
+
+def softmax_then_scale(x: Value) -> Sequence[Value]:
+    return [call(unary.Tanh(), call(binary.Mul(), call(softmax.Softmax(1), x), constant(3.0)))]
+
+
+def mean_of_gelu(x: Value) -> Sequence[Value]:
+    return [call(reduce.ReduceMean((2, 3), True), call(unary.Gelu(), x))]
+
+
+def two_outputs(x: Value, y: Value) -> Sequence[Value]:
+    return [call(binary.Add(), x, y), call(unary.Exp(), x)]
+
+
+def output_twice_and_input(x: Value) -> Sequence[Value]:
+    y = call(unary.Neg(), x)
+    return [y, y, x]
+
+
+def output_read_by_output(x: Value) -> Sequence[Value]:
+    y = call(unary.Exp(), x)
+    return [y, call(reduce.ReduceSum((1,), True), y)]
+
+
+def constant_output(x: Value) -> Sequence[Value]:
+    return [call(binary.Add(), call(binary.Mul(), x, constant(0.0)), constant(7.0))]
+
+
+def many_stages(x: Value) -> Sequence[Value]:
+    for _ in range(14):
+        x = call(unary.HardSwish(), call(unary.LeakyRelu(0.5), x))
+    return [x]
+
+
+def concatenated(x: Value, y: Value) -> Sequence[Value]:
+    return [call(unary.Relu(), call(concat.Concat(1), x, call(unary.Neg(), y)))]
+
+
+def normalised(x: Value, gamma: Value, beta: Value) -> Sequence[Value]:
+    return [call(unary.Relu(), call(norm.InstanceNorm(), x, gamma, beta))]
+
+
+def sum_of_all(x: Value) -> Sequence[Value]:
+    return [call(unary.Sqrt(), call(reduce.ReduceSumSquare(tuple(range(x.type.rank)), False), x))]
+
+
+FUSED: list[tuple[Network, tuple[TensorType, ...]]] = [
+    (softmax_then_scale, (TensorType((3, 10)),)),
+    (softmax_then_scale, (TensorType((2, 1000)),)),
+    (mean_of_gelu, (TensorType((2, 5, 7, 9)),)),
+    (mean_of_gelu, (TensorType((1, 3, 33, 31), DType.F16),)),
+    (two_outputs, (TensorType((3, 4, 5)),) * 2),
+    (output_twice_and_input, (TensorType((7, 3)),)),
+    (output_read_by_output, (TensorType((4, 300)),)),
+    (constant_output, (TensorType((2, 3)),)),
+    (many_stages, (TensorType((5, 7)),)),
+    (concatenated, (TensorType((2, 3, 5)), TensorType((2, 4, 5)))),
+    (normalised, (TensorType((2, 3, 20, 20)), TensorType((3,)), TensorType((3,)))),
+    (sum_of_all, (TensorType((3, 5, 7, 11)),)),
+    (sum_of_all, (TensorType((1, 1)),)),
+    (sum_of_all, (TensorType((63,)),)),
+    (sum_of_all, (TensorType((257,)),)),
+    (sum_of_all, (TensorType((16 * 256 + 3,)),)),
+]
+
+
+def test_fused_kernels(tmp_path: Path) -> None:
+    kernels = [fused_network(build, types) for build, types in FUSED]
+    sources = [source_of(fused, f"fused{i}_{FUSED[i][0].__name__}") for i, fused in enumerate(kernels)]
+    emulator = Emulator(sources, tmp_path)
+    rng = np.random.default_rng(5)
+    for fused, source in zip(kernels, sources, strict=True):
+        arrays = [rng.standard_normal(v.type.static_shape).astype(v.dtype.numpy) for v in fused.body.inputs]
+        check_orders(emulator, source, fused, arrays, fused.reference(*arrays))
+
+
+def test_long_sums_are_shared_by_a_block() -> None:
+    source = source_of(fused_network(sum_of_all, (TensorType((5000,)),)), "shared_sum")
+    first, second = source.launches
+    assert (first.grid, first.block) == ((1, 1, 1), (256, 1, 1))
+    assert "__syncthreads" in source.text
+    # The sum goes from the first launch to the second through scratch memory.
+    assert ("scratch", 0) in first.arguments
+    assert ("scratch", 0) in second.arguments
+    assert source.scratch_bytes > 0
+
+
+def test_nan_is_not_lost_in_a_maximum(tmp_path: Path) -> None:
+    """CUDA's own max gives the operand that is no NaN."""
+    fused = fused_op(reduce.ReduceMax((0,), False), (TensorType((5,)),))
+    source = source_of(fused, "maximum")
+    arrays = [np.array([1, 2, np.nan, 3, 0], np.float32)]
+    (result,) = Emulator([source], tmp_path).run_fused(source, fused, arrays)
+    assert np.isnan(result)
+
+
+def test_a_kernel_that_may_run_in_place_does_not_claim_otherwise() -> None:
+    fused = fused_op(unary.Relu(), (TensorType((4, 4)),))
+    func = TEMPLATE.build(fused, next(iter(TEMPLATE.space(fused, TARGET))), TARGET)
+    assert "__restrict__" not in cuda_source(func, "in_place", TARGET, noalias=False).text
+    assert "__restrict__" in cuda_source(func, "apart", TARGET).text
+
+
+def test_a_kernel_without_elements_launches_nothing() -> None:
+    source = source_of(fused_op(unary.Relu(), (TensorType((3, 0)),)), "empty")
+    assert (source.launches, source.text) == ((), "")

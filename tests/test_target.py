@@ -1,0 +1,38 @@
+"""Targets: what text names one, and what is refused, in which words."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from cnnc.errors import UsageError
+from cnnc.target import CUDA_ARCHS, Target
+
+
+@pytest.mark.parametrize("text", ["cpu:x86-64-v3", "cpu:znver4", *(f"cuda:{arch}" for arch in CUDA_ARCHS)])
+def test_prints_what_it_reads(text: str) -> None:
+    target = Target.parse(text)
+    assert str(target) == text
+    assert target.is_gpu == text.startswith("cuda")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "cuda:sm_999",
+            "architecture 'sm_999' is not known; use cuda:ARCH with ARCH one of sm_80, sm_86,",
+        ),
+        ("cuda:sm_75", "architecture 'sm_75' is not known"),
+        ("cuda:90", "architecture '90' is not known"),
+        ("cuda:", "the architecture is missing; use cuda:ARCH"),
+        ("cuda", "target 'cuda': the architecture is missing"),
+        ("gpu:sm_90", "target 'gpu:sm_90' is not known; use cpu, cpu:NAME or cuda:ARCH"),
+        ("cpu:sm_90", "CPU 'sm_90' is not known"),
+    ],
+)
+def test_refuses_what_it_does_not_know(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)) as refused:
+        Target.parse(text)
+    assert refused.value.exit_code == 2
