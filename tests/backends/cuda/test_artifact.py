@@ -100,6 +100,23 @@ def test_a_small_resnet(fake_gpu: FakeGpu, tmp_path: Path) -> None:
     check_network(small_resnet(batch=2).init(seed=4), fake_gpu, tmp_path)
 
 
+@network(x=(64, 28, 28))
+def wide_layer(x: Tensor) -> Tensor:
+    """A layer large enough for tiles in shared memory."""
+    return relu(x >> conv(64, 3, pad=1, name="conv1"))
+
+
+def test_a_tiled_convolution(fake_gpu: FakeGpu, tmp_path: Path) -> None:
+    graph = wide_layer(batch=1).init(seed=5).graph()
+    module = cnnc.compile(graph, target="cuda:sm_90")
+    assert [kernel.algorithm for kernel in module.build.program.calls] == ["conv_gemm"]
+    module.save(tmp_path / "net.so")
+    feeds = feeds_of(graph, 9)
+    (wanted,) = evaluate(graph, feeds, precise=True).values()
+    (result,) = fake_gpu.run(tmp_path / "net.so", feeds, f"order={BACKWARD}")[0].values()
+    assert np.linalg.norm(result - wanted) / np.linalg.norm(wanted) <= 1e-5
+
+
 # One small model for what is not about numbers
 
 

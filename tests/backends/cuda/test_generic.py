@@ -43,13 +43,32 @@ NAMES = [name for name in sorted(OPERATORS) if plain_examples(name)]
 GROUPS = [NAMES[i : i + 16] for i in range(0, len(NAMES), 16)]
 
 
-@pytest.mark.parametrize("names", GROUPS, ids=lambda names: f"{names[0]}-{names[-1]}")
+in_groups = pytest.mark.parametrize("names", GROUPS, ids=lambda names: f"{names[0]}-{names[-1]}")
+
+FEW = 8
+"""Examples of an operator in the quick run, spread over all it has."""
+
+
+@in_groups
+def test_every_operator(names: Sequence[str], tmp_path: Path) -> None:
+    check_examples([(n, i, e) for n in names for i, e in few_of(list(enumerate(plain_examples(n))))], tmp_path)
+
+
+@in_groups
+@pytest.mark.slow
 def test_every_example_of_every_operator(names: Sequence[str], tmp_path: Path) -> None:
+    check_examples([(n, i, e) for n in names for i, e in enumerate(plain_examples(n))], tmp_path)
+
+
+def few_of(numbered: list[tuple[int, Example]]) -> list[tuple[int, Example]]:
+    return numbered[:: -(-len(numbered) // FEW)]
+
+
+def check_examples(cases: Sequence[tuple[str, int, Example]], folder: Path) -> None:
     """Compile a group of operators in one go, since most of g++'s time goes into headers."""
-    cases = [(name, number, e) for name in names for number, e in enumerate(plain_examples(name))]
     kernels = [fused_op(example.op, example.types) for _, _, example in cases]
     sources = [source_of(fused, f"{c[0]}_{c[1]}") for c, fused in zip(cases, kernels, strict=True)]
-    emulator = Emulator(sources, tmp_path)
+    emulator = Emulator(sources, folder)
     for (name, number, example), fused, source in zip(cases, kernels, sources, strict=True):
         arrays = example.inputs(np.random.default_rng(zlib.crc32(f"{name} {number}".encode())))
         wanted = as_tuple(example.op.reference(*arrays))
