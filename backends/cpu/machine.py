@@ -48,11 +48,14 @@ class Machine:
 
         Beside the sums, the smaller side's operands stay in registers while the larger side's pass through one.
         With one vector, LLVM adds each sum to a product in the register of the broadcast input, if that takes a
-        register: then every sum needs two.
+        register: then every sum needs two.  Where it does not, but three operands or more stay, LLVM moves more of
+        them at a time than one.
         """
         if vectors == 1 and not self.broadcasts_from_memory:
             return 2 * pixels <= self.registers
-        return pixels * vectors + min(pixels, vectors) + 1 <= self.registers
+        stay = min(pixels, vectors)
+        passing = 3 if self.broadcasts_from_memory and stay > 2 else 1
+        return pixels * vectors + stay + passing <= self.registers
 
     def tile_cycles(self, pixels: int, vectors: int) -> float:
         """Count the cycles a register tile takes for one term of its sums: arithmetic, its latency, or loads.
