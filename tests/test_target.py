@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cnnc.errors import UsageError
+import cnnc
+from cnnc.errors import UnsupportedError, UsageError
 from cnnc.target import CUDA_ARCHS, Target
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "simple_cnn.py"
 
 
 @pytest.mark.parametrize("text", ["cpu:x86-64-v3", "cpu:znver4", *(f"cuda:{arch}" for arch in CUDA_ARCHS)])
@@ -36,3 +41,16 @@ def test_refuses_what_it_does_not_know(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)) as refused:
         Target.parse(text)
     assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": (1, 2)}, "cuda:sm_90: a binary for a GPU has one batch size; compile one for each"),
+        ({"weights": "f16"}, "cuda:sm_90: weights in f16 are for CPUs; leave out --weights"),
+    ],
+)
+def test_what_gpus_lack_is_refused_before_anything_is_compiled(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedError, match=re.escape(message)) as refused:
+        cnnc.compile(f"{EXAMPLE}:simple_cnn", target="cuda:sm_90", **options)
+    assert refused.value.exit_code == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,21 @@ def test_every_schedule_is_right(call_kernel: Any, name: str) -> None:
     candidates = list(conv_direct.space(shape, AVX2))
     for params in random.Random(name).sample(candidates, min(len(candidates), 8)):
         check(call_kernel, shape, params, AVX2)
+
+
+@pytest.mark.parametrize("block", [8, 16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_sums_are_right_that_wait_in_the_output_for_further_passes(call_kernel: Any, name: str, block: int) -> None:
+    """One block of input channels a pass: with a residual, pad lanes, groups, and tiles of nothing but padding."""
+    shape = ConvShape(**{**vars(SHAPES[name]), "block": block})
+    params = replace(best(shape, MACHINES[block]), channels=1)
+    check(call_kernel, shape, params, MACHINES[block], pieces=2)
+
+
+def test_passes_are_considered_where_weights_are_too_many_for_l1() -> None:
+    few, many = (ConvShape(1, channels, 14, 14, 64, 1, 1) for channels in (32, 1024))
+    assert {p.channels for p in conv_direct.space(few, AVX512)} == {0}
+    assert {p.channels for p in conv_direct.space(many, AVX512)} > {0}
 
 
 def test_a_residual_that_is_the_input_is_one_parameter(call_kernel: Any) -> None:
