@@ -1,4 +1,4 @@
-"""What earlier compiles found out: kernels and schedules on disk, by the digest of everything they depend on.
+"""What earlier compiles found out, such as kernels and schedules, on disk, by the digest of everything they depend on.
 
 One entry is one file, written beside its place and renamed into it, so that a reader sees all of it or none, and
 any number of writers may race.  An entry carries a digest of itself and the key it was made for; what does not
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import re
@@ -23,7 +22,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cnnc.backends.cpu.codegen import KernelObject
 from cnnc.ops.fused import Schedule
 
 _MAGIC = b"cnnc cache 2\n"
@@ -142,23 +140,6 @@ class DiskCache:
                     yield path
 
 
-class KernelCache:
-    """Compiled kernels by key; on disk, or nowhere."""
-
-    def __init__(self, disk: DiskCache | None) -> None:
-        self._disk = disk
-
-    def get(self, key: str) -> KernelObject | None:
-        """Give the kernel stored under a key, or None."""
-        content = self._disk.read(key) if self._disk else None
-        return None if content is None else _decode(content)
-
-    def put(self, key: str, kernel: KernelObject) -> None:
-        """Store a kernel under a key."""
-        if self._disk:
-            self._disk.write(key, _encode(kernel))
-
-
 class ScheduleCache:
     """The schedules that the search over the cost models ended with, by key; on disk, or nowhere."""
 
@@ -198,17 +179,6 @@ def _opened(data: bytes, key: str) -> bytes | None:
     if not data.startswith(_MAGIC) or hashlib.sha256(body).digest() != digest or not body.startswith(key.encode()):
         return None
     return body[len(key) :]
-
-
-def _encode(kernel: KernelObject) -> bytes:
-    header = {"symbol": kernel.symbol, "slices": kernel.slices, "scratch_bytes": kernel.scratch_bytes}
-    return json.dumps(header, sort_keys=True).encode() + b"\n" + kernel.code
-
-
-def _decode(content: bytes) -> KernelObject:
-    head, _, code = content.partition(b"\n")
-    header = json.loads(head)
-    return KernelObject(header["symbol"], code, int(header["slices"]), int(header["scratch_bytes"]))
 
 
 def _read_own_file(path: Path) -> bytes:

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from cnnc.backends.cache import DiskCache, ScheduleCache
-from cnnc.backends.cpu.identity import anonymous, kernel_key
 from cnnc.backends.cpu.templates import TEMPLATES
 from cnnc.backends.host.publish import publish
+from cnnc.backends.lower.identity import anonymous, kernel_key
 from cnnc.errors import EnvironmentProblem
 from cnnc.ir.text import print_graph
 from cnnc.ops.fused import Fused, Schedule

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cnnc.errors import EnvironmentProblem, UsageError
 
 if TYPE_CHECKING:
-    from cnnc.backends.cpu.build import Build
+    from cnnc.backends.lower.build import Build
 
 KINDS = ("so", "header", "exe", "obj", "ir")
 """What `--emit` may ask for."""

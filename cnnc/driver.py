@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     import onnx
 
     from cnnc.backends.cache import DiskCache
-    from cnnc.backends.cpu.build import Build
     from cnnc.backends.host.library import LoadedModel
+    from cnnc.backends.lower.build import Build, Scheduled
     from cnnc.frontends.dsl import Network
     from cnnc.passes.plan_memory import MemoryPlan
     from cnnc.passes.tile import KernelTemplate
@@ -219,7 +219,7 @@ def load_graphs(source: Source, options: Options) -> tuple[Graph, ...]:
 def lower(graphs: Sequence[Graph], options: Options, report: Report) -> Lowered:
     """Run the passes: from what the model says to kernels with schedules and addresses."""
     from cnnc.backends.cache import DiskCache, ScheduleCache
-    from cnnc.backends.cpu.identity import ScheduleMemory
+    from cnnc.backends.lower.identity import ScheduleMemory
     from cnnc.backends.records import tuned_records
     from cnnc.passes.pipeline import pipeline, run_together
     from cnnc.passes.plan_memory import plan_memory
@@ -279,12 +279,14 @@ def templates_for(target: Target) -> Sequence[KernelTemplate]:
 
 def _build(lowered: Lowered, digest: str, options: Options, report: Report, progress: Progress) -> Module:
     from cnnc.backends.cache import DiskCache
+    from cnnc.backends.lower.build import Scheduled
 
     disk = DiskCache() if options.cache else None
     meta: dict[str, object] = {"cnnc": cnnc.__version__, "options": options.effective(), "model": digest}
-    backend = _build_for_gpu if lowered.target.is_gpu else _build_for_cpu
     batches = [batch or 0 for batch in options.batches]
-    built, load = backend(lowered, batches, disk, meta, lambda done, total: progress("kernels", done, total))
+    network = Scheduled(lowered.graphs, lowered.plans, batches, lowered.target, meta)
+    backend = _build_for_gpu if lowered.target.is_gpu else _build_for_cpu
+    built, load = backend(network, disk, lambda done, total: progress("kernels", done, total))
     report.kernels = built.compiled + built.cached
     report.kernels_compiled = built.compiled
     report.arena_bytes = built.program.arena_bytes
@@ -295,34 +297,19 @@ def _build(lowered: Lowered, digest: str, options: Options, report: Report, prog
 Built: TypeAlias = "tuple[Build, Callable[[], LoadedModel]]"
 
 
-def _build_for_cpu(
-    lowered: Lowered,
-    batches: Sequence[int],
-    disk: DiskCache | None,
-    meta: dict[str, object],
-    progress: Callable[[int, int], None],
-) -> Built:
-    from cnnc.backends.cache import KernelCache
+def _build_for_cpu(network: Scheduled, disk: DiskCache | None, progress: Callable[[int, int], None]) -> Built:
     from cnnc.backends.cpu.build import build
     from cnnc.backends.host.jit import JitModel
 
-    places = (lowered.graphs, lowered.plans, lowered.target)
-    built = build(*places, batches=batches, kernel_cache=KernelCache(disk), meta=meta, progress=progress)
+    built = build(network, disk, progress)
     return built, lambda: JitModel(built.program, built.objects)
 
 
-def _build_for_gpu(
-    lowered: Lowered,
-    batches: Sequence[int],
-    disk: DiskCache | None,
-    meta: dict[str, object],
-    progress: Callable[[int, int], None],
-) -> Built:
+def _build_for_gpu(network: Scheduled, disk: DiskCache | None, progress: Callable[[int, int], None]) -> Built:
     from cnnc.backends.cuda.build import build
     from cnnc.backends.host.link import load_linked
 
-    (graph,), (plan,), (batch,) = lowered.graphs, lowered.plans, batches
-    built = build(graph, plan, lowered.target, batch=batch, disk=disk, meta=meta, progress=progress)
+    built = build(network, disk, progress)
     return built, lambda: load_linked(built.program, built.objects)
 
 

@@ -16,9 +16,9 @@ import numpy as np
 from cnnc.errors import UsageError
 
 if TYPE_CHECKING:
-    from cnnc.backends.cpu.build import Build
     from cnnc.backends.host.library import Context, KernelInfo, LoadedModel, LoadedVariant
     from cnnc.backends.host.program import Port, Variant
+    from cnnc.backends.lower.build import Build
 
 V = TypeVar("V", bound="Variant | LoadedVariant")
 

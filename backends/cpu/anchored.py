@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from cnnc.backends.cpu.machine import AVX2, AVX512, Machine
 from cnnc.errors import VerifyError
@@ -13,7 +13,7 @@ from cnnc.ir.graph import Graph, Node, Value
 from cnnc.ir.op import Kind
 from cnnc.ir.types import DType, TensorType
 from cnnc.ops.cast import Cast
-from cnnc.ops.fused import Fused, Schedule
+from cnnc.ops.fused import Fused
 from cnnc.target import Target
 
 if TYPE_CHECKING:
@@ -25,13 +25,9 @@ __all__ = [
     "body_of",
     "machine_of",
     "operand_bytes",
-    "params_of",
     "prologue_flops",
-    "schedule_of",
     "stored_operand",
 ]
-
-Params = TypeVar("Params")
 
 
 def machine_of(target: Target) -> Machine:
@@ -44,16 +40,6 @@ def machine_of(target: Target) -> Machine:
         l2=target.caches.l2,
         threads=target.threads,
     )
-
-
-def schedule_of(name: str, params: Any) -> Schedule:
-    """Write a template's parameters, a dataclass of integers, as a schedule."""
-    return Schedule(name, tuple((field.name, getattr(params, field.name)) for field in fields(params)))
-
-
-def params_of(kind: type[Params], schedule: Schedule) -> Params:
-    """Read back what `schedule_of` wrote."""
-    return kind(**dict(schedule.params))
 
 
 def anchor_of(

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from cnnc.backends.cpu.anchored import anchor_of, body_after, machine_of, params_of, schedule_of
+from cnnc.backends.cpu.anchored import anchor_of, body_after, machine_of
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.register_tile import best_tile, covering_cycles, step_cycles, vector_width
 from cnnc.backends.cpu.segments import even_split
+from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.errors import VerifyError
 from cnnc.ir.graph import Node
 from cnnc.ops.attention import Attention

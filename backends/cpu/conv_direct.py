@@ -18,18 +18,11 @@ from functools import lru_cache
 from itertools import product, starmap
 from typing import TYPE_CHECKING, Any
 
-from cnnc.backends.cpu.anchored import (
-    anchor_of,
-    body_of,
-    machine_of,
-    operand_bytes,
-    params_of,
-    prologue_flops,
-    schedule_of,
-)
+from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, operand_bytes, prologue_flops
 from cnnc.backends.cpu.conv_shape import ConvShape, DirectParams, reshaped, rows_read, segments_of
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.segments import tap_range
+from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.errors import VerifyError
 from cnnc.ops.blocked import channel_layout, weight_layout
 from cnnc.ops.conv import Conv

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, params_of, schedule_of
+from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.segments import row_segments
 from cnnc.backends.cpu.window_shape import WindowShape
+from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.errors import VerifyError
 from cnnc.ir.graph import Node
 from cnnc.ops.blocked import channel_layout, weight_layout

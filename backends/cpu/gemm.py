@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, operand_bytes, params_of, schedule_of
+from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, operand_bytes
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.row_index import position
 from cnnc.backends.cpu.segments import even_split
+from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.errors import VerifyError
 from cnnc.ir.graph import Node
 from cnnc.ops.dense import Dense

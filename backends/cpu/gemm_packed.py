@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, operand_bytes, params_of, schedule_of
+from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, operand_bytes
 from cnnc.backends.cpu.gemm import DenseShape
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.register_tile import RegisterTile, register_tile, step_cycles, store_sums
 from cnnc.backends.cpu.row_index import at_most, position
 from cnnc.backends.cpu.segments import even_split
+from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.errors import VerifyError
 from cnnc.ir.graph import Node
 from cnnc.ops.blocked import packed_block, weight_layout

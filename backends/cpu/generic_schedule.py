@@ -19,10 +19,7 @@ from typing import Any
 from tvm import ir, s_tir, tirx
 from tvm_ffi import structural
 
-from cnnc.backends.lower import exact
-
-INLINE_NODES = 300
-"""Size of an expression up to which a stage is inlined into one that reads it more than once."""
+from cnnc.backends.lower.stages import REDUCED, SPATIAL, inline_stages, output_names, stage_block, stage_names, uses
 
 CHUNK = 4096
 """Elements of a flat loop that make a slice, at most."""
@@ -43,10 +40,10 @@ def schedule_generic(func: Any, lanes: int) -> Any:
     It has the attribute `cnnc.independent_loops` where several outermost loops may run in any order.
     """
     sch = s_tir.Schedule(func)
-    _inline(sch)
-    for name in _stage_names(sch):
+    inline_stages(sch)
+    for name in stage_names(sch):
         _split_long_sum(sch, name, lanes)
-    outputs = [sch.get(block).name_hint for block in sch.get_output_blocks("root")]
+    outputs = output_names(sch)
     if len(outputs) == 1:
         _schedule_output(sch, outputs[0], lanes)
     elif _are_independent(sch, outputs):
@@ -54,7 +51,7 @@ def schedule_generic(func: Any, lanes: int) -> Any:
             _schedule_output(sch, name, lanes)
         return sch.mod["main"].with_attr("cnnc.independent_loops", 1)
     else:
-        for name in _stage_names(sch):
+        for name in stage_names(sch):
             _vectorise_stage(sch, sch.get_sblock(name), 0, lanes)
     return sch.mod["main"]
 
@@ -69,9 +66,9 @@ class _Stage:
 
     @staticmethod
     def of(sch: Any, name: str) -> _Stage:
-        node = sch.get(sch.get_sblock(name))
-        spatial = tuple(axis for axis in node.iter_vars if axis.iter_type == _SPATIAL)
-        reduced = tuple(axis for axis in node.iter_vars if axis.iter_type == _REDUCED)
+        node = stage_block(sch, name)
+        spatial = tuple(axis for axis in node.iter_vars if axis.iter_type == SPATIAL)
+        reduced = tuple(axis for axis in node.iter_vars if axis.iter_type == REDUCED)
         return _Stage(node, spatial, reduced)
 
     @property
@@ -82,81 +79,19 @@ class _Stage:
     def extents(self) -> tuple[int, ...]:
         return tuple(_extent(axis) for axis in self.spatial)
 
-    @property
-    def volume(self) -> int:
-        """How often the body runs."""
-        return math.prod(_extent(axis) for axis in self.node.iter_vars)
-
     def reads_of(self, buffer: Any) -> list[Sequence[Any]]:
         """List the regions read of a buffer; several accesses are one region."""
         return [read.region for read in self.node.reads if read.source.same_as(buffer)]
-
-
-_SPATIAL, _REDUCED = 0, 2
 
 
 def _extent(axis: Any) -> int:
     return int(axis.dom.extent)
 
 
-def _stage_names(sch: Any) -> list[str]:
-    """List the stages in the order they run."""
-    return [sch.get(block).name_hint for block in sch.get_child_blocks(sch.get_sblock("root"))]
-
-
-def _inline(sch: Any) -> None:
-    """Inline every elementwise stage whose elements are cheap or needed only once."""
-    outputs = {sch.get(block).name_hint for block in sch.get_output_blocks("root")}
-    sizes: dict[str, int] = {}
-    for name in _stage_names(sch):
-        stage = _Stage.of(sch, name)
-        sizes[name] = _count(stage.node.body, object)
-        consumers = [sch.get(block).name_hint for block in sch.get_consumers(sch.get_sblock(name))]
-        if name in outputs or stage.reduced or not consumers:
-            continue
-        users = [_Stage.of(sch, consumer) for consumer in consumers]
-        uses = max(_count_reads(user.node.body, stage.output) for user in users)
-        evaluations = sum(user.volume for user in users)
-        repeats = evaluations > stage.volume and _has_calls(stage.node.body)
-        if repeats or (uses > 1 and uses * sizes[name] > INLINE_NODES):
-            continue
-        sch.compute_inline(sch.get_sblock(name))
-
-
-def _count(tree: Any, kind: type) -> int:
-    """Count the nodes of a type in a tree."""
-    found: list[None] = []
-    structural.structural_walk(tree, [(kind, lambda _: found.append(None))])
-    return len(found)
-
-
-def _has_calls(tree: Any) -> bool:
-    """Tell whether an expression calls a function that is more than an instruction."""
-    found: list[None] = []
-
-    def visit(call: Any) -> None:
-        if not call.op.name.startswith(exact.PREFIX):
-            found.append(None)
-
-    structural.structural_walk(tree, [(ir.Call, visit)])
-    return bool(found)
-
-
-def _count_reads(tree: Any, buffer: Any) -> int:
-    found: list[None] = []
-
-    def visit(load: Any) -> None:
-        if load.source.same_as(buffer):
-            found.append(None)
-
-    structural.structural_walk(tree, [(ir.TensorLoad, visit)])
-    return len(found)
-
-
 def _are_independent(sch: Any, outputs: list[str]) -> bool:
     """Tell whether the outputs are all there is, and none reads another."""
     reads_none = all(not sch.get_producers(sch.get_sblock(name)) for name in outputs)
-    return reads_none and len(_stage_names(sch)) == len(outputs)
+    return reads_none and len(stage_names(sch)) == len(outputs)
 
 
 def _split_long_sum(sch: Any, name: str, lanes: int) -> None:
@@ -228,7 +163,7 @@ def _all_producers(sch: Any, name: str) -> list[str]:
             if producer not in needed:
                 needed.add(producer)
                 stack.append(producer)
-    return [stage for stage in _stage_names(sch) if stage in needed]
+    return [stage for stage in stage_names(sch) if stage in needed]
 
 
 def _is_pointwise(sch: Any, stage: _Stage, var: Any) -> bool:
@@ -237,8 +172,8 @@ def _is_pointwise(sch: Any, stage: _Stage, var: Any) -> bool:
         producer = _Stage.of(sch, sch.get(block).name_hint)
         for region in stage.reads_of(producer.output):
             at = [d for d, r in enumerate(region) if _int_or(r.extent) == 1 and r.min.same_as(var)]
-            uses = sum(_uses(r.min, var) or _uses(r.extent, var) for r in region)
-            if len(at) != 1 or uses != 1:
+            moving = sum(uses(r.min, var) or uses(r.extent, var) for r in region)
+            if len(at) != 1 or moving != 1:
                 return False
             if not _is_pointwise(sch, producer, producer.node.writes[0].region[at[0]].min):
                 return False
@@ -248,17 +183,6 @@ def _is_pointwise(sch: Any, stage: _Stage, var: Any) -> bool:
 def _int_or(value: Any) -> int | None:
     """Give a constant's value, None for an expression."""
     return int(value) if isinstance(value, tirx.IntImm) else None
-
-
-def _uses(tree: Any, var: Any) -> bool:
-    found: list[None] = []
-
-    def visit(node: Any) -> None:
-        if node.same_as(var):
-            found.append(None)
-
-    structural.structural_walk(tree, [(tirx.Var, visit)])
-    return bool(found)
 
 
 def _schedule_with_producers(
@@ -321,9 +245,9 @@ def _own_loops(sch: Any, block: Any, depth: int) -> tuple[list[Any], list[Any]]:
         axes = [
             axis
             for axis, value in zip(realize.block.iter_vars, realize.iter_values, strict=True)
-            if _uses(value, sch.get(loop).loop_var)
+            if uses(value, sch.get(loop).loop_var)
         ]
-        if any(axis.iter_type == _REDUCED for axis in axes):
+        if any(axis.iter_type == REDUCED for axis in axes):
             reduced.append(loop)
         elif _loop_extent(sch, loop) > 1:
             spatial.append(loop)
@@ -336,9 +260,9 @@ def _last_loop(sch: Any, block: Any, stage: _Stage, loops: list[Any]) -> Any:
     values = list(zip(realize.block.iter_vars, realize.iter_values, strict=True))
     for written in reversed(stage.node.writes[0].region):
         for axis, value in values:
-            if not _uses(written.min, axis.var):
+            if not uses(written.min, axis.var):
                 continue
-            mine = [loop for loop in loops if _uses(value, sch.get(loop).loop_var)]
+            mine = [loop for loop in loops if uses(value, sch.get(loop).loop_var)]
             if mine:
                 return mine[-1]
     return None
@@ -438,7 +362,7 @@ def _uses_outside_reads(tree: Any, axes: Sequence[Any]) -> bool:
 
 def _moves(read: Any, axes: Sequence[Any]) -> bool:
     """Tell whether what is read depends on any of the axes."""
-    return any(_uses(r.min, axis.var) or _uses(r.extent, axis.var) for r in read.region for axis in axes)
+    return any(uses(r.min, axis.var) or uses(r.extent, axis.var) for r in read.region for axis in axes)
 
 
 def _is_flat(read: Any, axes: Sequence[Any]) -> bool:
@@ -449,7 +373,7 @@ def _is_flat(read: Any, axes: Sequence[Any]) -> bool:
     if len(region) < len(axes):
         return False
     lead, tail = region[: -len(axes)], list(zip(region, shape, strict=True))[-len(axes) :]
-    if any(_uses(r.min, axis.var) or _uses(r.extent, axis.var) for r in lead for axis in axes):
+    if any(uses(r.min, axis.var) or uses(r.extent, axis.var) for r in lead for axis in axes):
         return False
     for position, (axis, (r, extent)) in enumerate(zip(axes, tail, strict=True)):
         same = r.min.same_as(axis.var) or (extent == _extent(axis) == 1)

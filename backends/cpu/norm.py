@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from cnnc.backends.cpu.anchored import anchor_of, body_after, machine_of, params_of, schedule_of
+from cnnc.backends.cpu.anchored import anchor_of, body_after, machine_of
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.row_index import position
+from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.errors import VerifyError
 from cnnc.ir.graph import Node
 from cnnc.ops.blocked import channel_layout

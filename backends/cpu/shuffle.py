@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from cnnc.backends.cpu.anchored import schedule_of
+from cnnc.backends.lower.template import schedule_of
 from cnnc.errors import VerifyError
 from cnnc.ir.graph import Node
 from cnnc.ir.types import DType

@@ -16,9 +16,9 @@ from cnnc.backends.cpu.norm import NormTemplate
 from cnnc.backends.cpu.pool import GlobalPool, Pool
 from cnnc.backends.cpu.shuffle import Shuffle
 from cnnc.backends.cpu.softmax import SoftmaxTemplate
-from cnnc.backends.cpu.template import Template
 from cnnc.backends.cpu.unpool import Unpool
 from cnnc.backends.cpu.winograd import Winograd
+from cnnc.backends.lower.template import Template
 from cnnc.errors import VerifyError
 
 TEMPLATES: tuple[Template, ...] = (

@@ -18,8 +18,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from cnnc.backends.cpu.anchored import params_of, schedule_of
 from cnnc.backends.cuda.flat_epilogue import FlatKernel, flat_kernel
+from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.ops.fused import Fused, Schedule
 from cnnc.target import Target
 

@@ -13,16 +13,23 @@ import contextlib
 import math
 from typing import Any
 
-from tvm import ir, s_tir, tirx
-from tvm_ffi import structural
+from tvm import s_tir, tirx
 
-from cnnc.backends.lower import exact
+from cnnc.backends.lower.stages import (
+    REDUCED,
+    SPATIAL,
+    consumer_names,
+    extents,
+    inline_stages,
+    output_names,
+    stage_block,
+    stage_names,
+    uses,
+    volume,
+)
 
 THREADS = 256
 """Threads of a block, at most."""
-
-INLINE_NODES = 300
-"""Size of an expression up to which a stage is inlined into one that reads it more than once."""
 
 MANY_OUTPUTS = 1 << 16
 """Outputs from which a thread for each fills a GPU."""
@@ -36,99 +43,25 @@ WARP = 32
 TERMS = 16
 """Terms a thread should have to add up by itself, where a sum is long enough."""
 
-_SPATIAL, _REDUCED = 0, 2
-
 
 def schedule_generic(func: Any) -> Any:
     """Schedule an s_tir PrimFunc of TE stages for a GPU, and give the new PrimFunc."""
     sch = s_tir.Schedule(func)
-    _inline(sch)
-    for name in _stage_names(sch):
-        if name not in _stage_names(sch):
+    inline_stages(sch)
+    for name in stage_names(sch):
+        if name not in stage_names(sch):
             continue
-        stage = _node(sch, name)
-        if _is_long_sum(stage):
+        block = stage_block(sch, name)
+        if _is_long_sum(block):
             _bind_sum(sch, name)
         elif _epilogue_of(sch, name) is None:
             _bind_elements(sch, name)
     return sch.mod["main"]
 
 
-def _stage_names(sch: Any) -> list[str]:
-    """List the stages in the order they run."""
-    return [sch.get(block).name_hint for block in sch.get_child_blocks(sch.get_sblock("root"))]
-
-
-def _node(sch: Any, name: str) -> Any:
-    return sch.get(sch.get_sblock(name))
-
-
-def _extents(node: Any, kind: int) -> list[int]:
-    return [int(axis.dom.extent) for axis in node.iter_vars if axis.iter_type == kind]
-
-
-def _volume(node: Any) -> int:
-    """How often the body runs."""
-    return math.prod(_extents(node, _SPATIAL)) * math.prod(_extents(node, _REDUCED))
-
-
-def _consumers(sch: Any, name: str) -> list[str]:
-    return [sch.get(block).name_hint for block in sch.get_consumers(sch.get_sblock(name))]
-
-
-def _outputs(sch: Any) -> set[str]:
-    return {sch.get(block).name_hint for block in sch.get_output_blocks("root")}
-
-
-def _inline(sch: Any) -> None:
-    """Inline every elementwise stage whose elements are cheap or needed only once."""
-    outputs = _outputs(sch)
-    for name in _stage_names(sch):
-        node = _node(sch, name)
-        consumers = [_node(sch, consumer) for consumer in _consumers(sch, name)]
-        if name in outputs or _extents(node, _REDUCED) or not consumers:
-            continue
-        written = node.writes[0].source
-        uses = max(_count_loads(consumer.body, written) for consumer in consumers)
-        repeats = sum(map(_volume, consumers)) > _volume(node) and _has_calls(node.body)
-        if repeats or (uses > 1 and uses * _count(node.body, object) > INLINE_NODES):
-            continue
-        sch.compute_inline(sch.get_sblock(name))
-
-
-def _count(tree: Any, kind: type) -> int:
-    """Count the nodes of a type in a tree."""
-    found: list[None] = []
-    structural.structural_walk(tree, [(kind, lambda _: found.append(None))])
-    return len(found)
-
-
-def _count_loads(tree: Any, buffer: Any) -> int:
-    found: list[None] = []
-
-    def visit(load: Any) -> None:
-        if load.source.same_as(buffer):
-            found.append(None)
-
-    structural.structural_walk(tree, [(ir.TensorLoad, visit)])
-    return len(found)
-
-
-def _has_calls(tree: Any) -> bool:
-    """Tell whether an expression calls a function that is more than an instruction."""
-    found: list[None] = []
-
-    def visit(call: Any) -> None:
-        if not call.op.name.startswith(exact.PREFIX):
-            found.append(None)
-
-    structural.structural_walk(tree, [(ir.Call, visit)])
-    return bool(found)
-
-
 def _is_long_sum(node: Any) -> bool:
     """Tell whether a stage is a reduction that a block of threads should share."""
-    outputs, terms = math.prod(_extents(node, _SPATIAL)), math.prod(_extents(node, _REDUCED))
+    outputs, terms = math.prod(extents(node, SPATIAL)), math.prod(extents(node, REDUCED))
     return terms >= LONG_SUM and outputs < MANY_OUTPUTS and _combiner(node) is not None
 
 
@@ -145,12 +78,12 @@ def _combiner(node: Any) -> type | None:
 
 def _epilogue_of(sch: Any, name: str) -> str | None:
     """Give the stage that computes a reduction in its own thread; None if there is none."""
-    node = _node(sch, name)
-    consumers = _consumers(sch, name)
-    if not _extents(node, _REDUCED) or len(node.writes) != 1 or len(consumers) != 1 or name in _outputs(sch):
+    node = stage_block(sch, name)
+    consumers = consumer_names(sch, name)
+    if not extents(node, REDUCED) or len(node.writes) != 1 or len(consumers) != 1 or name in output_names(sch):
         return None
-    consumer = _node(sch, consumers[0])
-    if _extents(consumer, _REDUCED) or _volume(consumer) != math.prod(_extents(node, _SPATIAL)):
+    consumer = stage_block(sch, consumers[0])
+    if extents(consumer, REDUCED) or volume(consumer) != math.prod(extents(node, SPATIAL)):
         return None
     written = node.writes[0].source
     reads = [read.region for read in consumer.reads if read.source.same_as(written)]
@@ -168,14 +101,14 @@ def _loops(sch: Any, name: str) -> tuple[list[Any], list[Any]]:
     loops = list(sch.get_loops(block))
     # A stage of one element may have an axis without a loop.
     axes = sch.get(block).iter_vars if loops else []
-    spatial = [loop for loop, axis in zip(loops, axes, strict=True) if axis.iter_type == _SPATIAL]
-    reduced = [loop for loop, axis in zip(loops, axes, strict=True) if axis.iter_type == _REDUCED]
+    spatial = [loop for loop, axis in zip(loops, axes, strict=True) if axis.iter_type == SPATIAL]
+    reduced = [loop for loop, axis in zip(loops, axes, strict=True) if axis.iter_type == REDUCED]
     return spatial or [sch.add_unit_loop(loops[0] if loops else block)], reduced
 
 
 def _bind_elements(sch: Any, name: str) -> None:
     """Give every output of a stage a thread, which also computes the reduction that the stage finishes."""
-    if _extents(_node(sch, name), _REDUCED) and len(_node(sch, name).writes) == 1:
+    if extents(stage_block(sch, name), REDUCED) and len(stage_block(sch, name).writes) == 1:
         # The sum is kept in a register, and written by a stage that copies it.
         name = sch.get(sch.cache_write(sch.get_sblock(name), 0, "local")).name_hint
     spatial, reduced = _loops(sch, name)
@@ -194,7 +127,7 @@ def _bind_elements(sch: Any, name: str) -> None:
 
 
 def _is_private(sch: Any, producer: str, name: str) -> bool:
-    return _epilogue_of(sch, producer) == name and not _is_long_sum(_node(sch, producer))
+    return _epilogue_of(sch, producer) == name and not _is_long_sum(stage_block(sch, producer))
 
 
 def _start_apart(sch: Any, name: str) -> None:
@@ -214,20 +147,9 @@ def _is_reduced(sch: Any, block: Any, loop: Any) -> bool:
     variable = sch.get(loop).loop_var
     # A block in the loops of others shares the body of the last one, and has no loop of its own.
     return hasattr(realize, "iter_values") and any(
-        axis.iter_type == _REDUCED and _uses(value, variable)
+        axis.iter_type == REDUCED and uses(value, variable)
         for axis, value in zip(realize.block.iter_vars, realize.iter_values, strict=True)
     )
-
-
-def _uses(tree: Any, variable: Any) -> bool:
-    found: list[None] = []
-
-    def visit(node: Any) -> None:
-        if node.same_as(variable):
-            found.append(None)
-
-    structural.structural_walk(tree, [(tirx.Var, visit)])
-    return bool(found)
 
 
 def _over_threads(sch: Any, loops: list[Any]) -> Any:

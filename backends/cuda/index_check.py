@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 
-from cnnc.backends.cpu.identity import source_digest
-from cnnc.backends.cpu.index_check import OUT_OF_RANGE, check_symbol
 from cnnc.backends.cuda.codegen import CudaSource, Launch
 from cnnc.backends.cuda.kernels import KernelJob
+from cnnc.backends.lower.identity import source_digest
+from cnnc.backends.lower.run_time_indices import OUT_OF_RANGE, check_symbol
 from cnnc.ir.types import DType, TensorType
 from cnnc.target import Target
 

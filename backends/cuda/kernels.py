@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 from cnnc.backends.cache import DiskCache
-from cnnc.backends.cpu.identity import kernel_key
 from cnnc.backends.cuda.codegen import CudaSource, Launch, cuda_source
 from cnnc.backends.cuda.nvcc import FLAGS, Cubin, Usage, compile_cubin, nvcc_version
 from cnnc.backends.cuda.templates import template
 from cnnc.backends.load_tvm import load_tvm
+from cnnc.backends.lower.identity import kernel_key
 from cnnc.errors import VerifyError
 from cnnc.ops.fused import Fused
 from cnnc.passes.plan_memory import is_elementwise

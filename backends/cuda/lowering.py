@@ -8,10 +8,10 @@ import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 
-from cnnc.backends.cpu.flatten import flatten_buffers
-from cnnc.backends.cpu.temporaries import bind_lets
 from cnnc.backends.cuda.codegen import tvm_target
 from cnnc.backends.lower import vector_math
+from cnnc.backends.lower.flatten import flatten_buffers
+from cnnc.backends.lower.temporaries import bind_lets
 from cnnc.target import Target
 
 _DEVICE_KERNEL = 2

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from cnnc.backends.cpu.template import Template
 from cnnc.backends.cuda.conv_gemm import ConvGemm
 from cnnc.backends.cuda.generic import Generic
+from cnnc.backends.lower.template import Template
 from cnnc.errors import VerifyError
 
 TEMPLATES: tuple[Template, ...] = (ConvGemm(), Generic())

@@ -1,4 +1,4 @@
-"""What of a program runs on a GPU: machine code for one architecture, and the launches of a run in order."""
+"""What of a program runs on a GPU: machine code for one architecture, and how it is launched."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ CUBIN_ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class DeviceLaunch:
-    """One launch of a function of a module; `call` is the kernel call, by its number, that it is a part of.
+    """One launch of a function of a module, by its number.
 
     `shared_bytes` are of dynamic shared memory.  The slot ("status", 0) is a word that is 0 when a run begins, and
     that a launch sets where a value is out of range.
     """
 
-    call: int
     module: int
     function: str
     args: tuple[Slot, ...]
@@ -31,11 +30,10 @@ class DeviceLaunch:
 
 @dataclass(frozen=True)
 class DeviceCode:
-    """Modules (cubins) for GPUs of an architecture, `sm_90`, and all launches of one run."""
+    """Modules (cubins) for GPUs of an architecture, `sm_90`."""
 
     arch: str
     modules: tuple[bytes, ...] = field(repr=False)
-    launches: tuple[DeviceLaunch, ...]
 
     @property
     def capability(self) -> tuple[int, int]:

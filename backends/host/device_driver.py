@@ -8,7 +8,7 @@ from typing import Protocol
 from llvmlite import ir
 
 from cnnc.backends.host.device import CUBIN_ALIGNMENT, DeviceCode, DeviceLaunch
-from cnnc.backends.host.program import Slot
+from cnnc.backends.host.program import KernelCall, Slot
 
 CUBINS_SYMBOL = "cnnc_rt_cubins"
 """All modules one after the other, each aligned; an object of its own."""
@@ -38,15 +38,16 @@ class Tables(Protocol):
         """Give an array, or a null pointer for none."""
 
 
-def describe_device(tables: Tables, device: DeviceCode) -> None:
+def describe_device(tables: Tables, device: DeviceCode, calls: Sequence[KernelCall]) -> None:
     """Add `cnnc_rt_the_device`; its fields are in the order of `cnnc_rt_device`."""
+    launches = [(number, launch) for number, call in enumerate(calls) for launch in call.launches]
     major, minor = device.capability
     fields: list[ir.Constant] = [
         tables.array(_PTR, _modules(tables.module, device), "modules"),
-        tables.array(_LAUNCH, [_launch(tables, launch) for launch in device.launches], "launches"),
+        tables.array(_LAUNCH, [_launch(tables, *launch) for launch in launches], "launches"),
         _I32(len(device.modules)),
-        _I32(len(device.launches)),
-        _I32(sum(len(launch.args) for launch in device.launches)),
+        _I32(len(launches)),
+        _I32(sum(len(launch.args) for _, launch in launches)),
         _I32(major),
         _I32(minor),
     ]
@@ -72,14 +73,14 @@ def _modules(module: ir.Module, device: DeviceCode) -> list[ir.Constant]:
     return starts
 
 
-def _launch(tables: Tables, launch: DeviceLaunch) -> ir.Constant:
+def _launch(tables: Tables, call: int, launch: DeviceLaunch) -> ir.Constant:
     arguments = [_argument(slot) for slot in launch.args]
     fields = [
         tables.text(launch.function),
         tables.array(_ARGUMENT, arguments, "arguments"),
         _I32(len(arguments)),
         _I32(launch.module),
-        _I32(launch.call),
+        _I32(call),
         ir.Constant(_SIZES, [_I32(size) for size in launch.grid]),
         ir.Constant(_SIZES, [_I32(size) for size in launch.block]),
         _I32(launch.shared_bytes),

@@ -99,7 +99,7 @@ class _Driver:
         self.module.triple = TRIPLE
         self._describe()
         if self.program.device is not None:
-            describe_device(self, self.program.device)
+            describe_device(self, self.program.device, self.program.calls)
         for suffix, (target, result, parameters) in _exports(self.program).items():
             self._export(suffix, target, result, parameters)
         return self.module

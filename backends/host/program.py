@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from cnnc.backends.host.device import DeviceCode
+from cnnc.backends.host.device import DeviceCode, DeviceLaunch
 from cnnc.errors import LimitError, VerifyError
 
 Space = Literal["input", "output", "weights", "arena", "scratch", "status"]
@@ -32,6 +32,8 @@ DTYPES: dict[str, tuple[int, int]] = {
     "u64": (13, 8),
 }
 ALIGNMENT = 64
+BASELINE_CPU = "x86-64"
+"""What the host's part of a program runs on."""
 ABI = 2
 """The version of the interface between header, binary and loader: `CNNC_RT_ABI` of the runtime."""
 TABLE_SYMBOL = "cnnc_model_v1"
@@ -100,7 +102,8 @@ class Slot:
 class KernelCall:
     """One call of `int32_t symbol(void* a0, ..., int32_t lo, int32_t hi)`, cut into `slices` independent parts.
 
-    `flops` and `bytes` are for the whole call; `layers` are the user's own layer names.
+    `flops` and `bytes` are for the whole call; `layers` are the user's own layer names.  On a GPU the call is its
+    `launches`, in order, and `args` are empty.
     """
 
     symbol: str
@@ -111,6 +114,7 @@ class KernelCall:
     bytes: int = 0
     algorithm: str = ""
     schedule: str = ""
+    launches: tuple[DeviceLaunch, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ class Program:
     The weights are pieces of memory that follow each other without a gap; `features` are the CPU features the
     kernels need, of CPU_FEATURES; `meta` is JSON that travels in the binary.  `batch` is 0 where no batch size was
     asked for; `others` is the model for further ones, over the same arena and weights.  With `device` the kernels run
-    on a GPU: `calls` then only describe them, and there are no others.
+    on a GPU.
     """
 
     name: str
@@ -140,7 +144,7 @@ class Program:
     arena_bytes: int
     scratch_bytes: int
     weights: Sequence[bytes | memoryview]
-    cpu: str = "x86-64"
+    cpu: str = BASELINE_CPU
     features: tuple[str, ...] = ()
     meta: str = "{}"
     batch: int = 0
@@ -220,19 +224,17 @@ def _check_variant(program: Program, variant: Variant, arguments: dict[str, int]
             raise VerifyError(f"{where}: negative flops or bytes")
         for slot in call.args:
             _check_slot(program, where, slot)
-    if program.device is not None:
-        _check_device(program, program.device)
+        for launch in call.launches:
+            _check_launch(program, where, launch)
 
 
-def _check_device(program: Program, device: DeviceCode) -> None:
-    for index, launch in enumerate(device.launches):
-        where = f"{program.name}: launch {index} ({launch.function!r})"
-        if not 0 <= launch.module < len(device.modules) or not 0 <= launch.call < len(program.calls):
-            raise VerifyError(f"{where}: there is no module {launch.module} or no kernel {launch.call}")
-        if min(*launch.grid, *launch.block) < 1 or launch.shared_bytes < 0:
-            raise VerifyError(f"{where}: a grid of {launch.grid} blocks of {launch.block} threads")
-        for slot in launch.args:
-            _check_slot(program, where, slot)
+def _check_launch(program: Program, where: str, launch: DeviceLaunch) -> None:
+    if program.device is None or not 0 <= launch.module < len(program.device.modules):
+        raise VerifyError(f"{where}: launch {launch.function!r}: there is no module {launch.module}")
+    if min(*launch.grid, *launch.block) < 1 or launch.shared_bytes < 0:
+        raise VerifyError(f"{where}: launch {launch.function!r}: {launch.grid} blocks of {launch.block} threads")
+    for slot in launch.args:
+        _check_slot(program, where, slot)
 
 
 def _check_port(program: Program, port: Port) -> None:

@@ -21,7 +21,7 @@ from cnnc.module import Module
 from cnnc.target import Target
 
 if TYPE_CHECKING:
-    from cnnc.backends.cpu.build import Build
+    from cnnc.backends.lower.build import Build
     from cnnc.profiler.tune import Outcome, TunableKernel
 
 _PROFILED_RUNS = 10

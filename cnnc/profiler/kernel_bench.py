@@ -26,11 +26,11 @@ from typing import TypeAlias
 import numpy as np
 
 from cnnc.backends.cpu.codegen import KernelJob, KernelObject, compile_kernel, compile_kernels
-from cnnc.backends.cpu.identity import kernel_symbol
 from cnnc.backends.cpu.templates import template
 from cnnc.backends.host.jit import JitModel
 from cnnc.backends.host.library import aligned_empty
 from cnnc.backends.host.program import ALIGNMENT, KernelCall, Port, Program, Slot, Space
+from cnnc.backends.lower.identity import kernel_symbol
 from cnnc.ir.build import call
 from cnnc.ir.graph import Graph
 from cnnc.ir.op import Op

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cnnc.backends.cpu.build import Build, fused_nodes, fused_of
+from cnnc.backends.lower.build import Build, fused_nodes, fused_of
 from cnnc.backends.records import Record, RecordFile, checked_schedule, kernel_text, record_key, store
 from cnnc.errors import VerifyError
 from cnnc.ir.graph import Node, Value

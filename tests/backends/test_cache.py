@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cnnc.backends.cache import DiskCache, KernelCache, ScheduleCache, default_folder
+from cnnc.backends.cache import DiskCache, ScheduleCache, default_folder
 from cnnc.backends.cpu.codegen import KernelObject
+from cnnc.backends.cpu.kernel_cache import KernelCache
 from cnnc.ops.fused import Schedule
 
 KEY = hashlib.sha256(b"a content").hexdigest()

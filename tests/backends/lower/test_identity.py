@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cnnc.backends.cache import DiskCache, ScheduleCache
-from cnnc.backends.cpu.identity import ScheduleMemory
+from cnnc.backends.lower.identity import ScheduleMemory
 from cnnc.ir.types import TensorType
 from cnnc.ops import Relu
 from cnnc.ops.fused import Schedule
@@ -24,7 +24,7 @@ def test_a_search_is_remembered_for_its_number_of_threads(tmp_path: Path):
 
 
 def test_the_digest_covers_whatever_decides_on_machine_code() -> None:
-    from cnnc.backends.cpu.identity import _sources
+    from cnnc.backends.lower.identity import _sources
 
     ends = {"/".join(path.parts[-2:]) for path in _sources()}
     assert {"cpu/conv_loops.py", "host/driver.py", "ops/conv.py", "ir/layout.py", "cnnc/target.py"} <= ends

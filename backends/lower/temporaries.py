@@ -14,8 +14,6 @@ from typing import Any
 import tvm_ffi
 from tvm import tirx
 
-from cnnc.backends.cpu import loops
-
 _CALL = type(tirx.exp(tirx.const(0.0, "float32")))
 
 
@@ -29,7 +27,7 @@ def _bind_store(store: Any) -> Any:
     value = _Binder(before).bind(store.value)
     if not before:
         return store
-    return loops.sequence(*before, tirx.BufferStore(store.buffer, value, list(store.indices)))
+    return tirx.SeqStmt([*before, tirx.BufferStore(store.buffer, value, list(store.indices))])
 
 
 class _Binder:
@@ -49,9 +47,11 @@ class _Binder:
         while isinstance(expression, tirx.Let) and expression.var not in self.guarded:
             value = self.bind(expression.value)
             lanes = _lanes(value)
-            temporary = loops.buffer("v", [lanes], _element(value), scope="local")
-            self.before += [loops.alloc(temporary), loops.store(temporary, value, 0, lanes=lanes)]
-            self.reads[expression.var] = loops.load(temporary, 0, lanes=lanes)
+            temporary = tirx.decl_buffer((lanes,), _element(value), "v", scope="local")
+            start, step = tirx.const(0, "int32"), tirx.const(1, "int32")
+            at = [tirx.Ramp(start, step, lanes) if lanes > 1 else start]
+            self.before += [tirx.AllocBuffer(temporary), tirx.BufferStore(temporary, value, at)]
+            self.reads[expression.var] = tirx.BufferLoad(temporary, at)
             expression = expression.body
         return self.reads.get(expression, expression) if isinstance(expression, tirx.Var) else expression
 
