@@ -14,6 +14,7 @@ _V3 = (*_V2, "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _ICELAKE = (*_V4, "avx512ifma", "avx512vbmi", "avx512vbmi2", "avx512vnni", "avx512bitalg", "avx512vpopcntdq", "gfni")
 _ZNVER4 = (*_ICELAKE, "avx512bf16")
+_SAPPHIRE_RAPIDS = (*_ZNVER4, "avx512fp16", "amx-tile", "amx-bf16")
 
 CPUS: dict[str, tuple[str, ...]] = {
     "x86-64-v2": _V2,
@@ -26,7 +27,7 @@ CPUS: dict[str, tuple[str, ...]] = {
     "skylake-avx512": _V4,
     "cascadelake": (*_V4, "avx512vnni"),
     "icelake-server": _ICELAKE,
-    "sapphirerapids": (*_ZNVER4, "avx512fp16"),
+    "sapphirerapids": _SAPPHIRE_RAPIDS,
     "znver4": _ZNVER4,
     "znver5": _ZNVER4,
 }
@@ -48,6 +49,8 @@ _FLAG_OF_FEATURE = {
     "avx512vpopcntdq": "avx512_vpopcntdq",
     "avx512bf16": "avx512_bf16",
     "avx512fp16": "avx512_fp16",
+    "amx-tile": "amx_tile",
+    "amx-bf16": "amx_bf16",
 }
 """Where the kernel's name in /proc/cpuinfo is not LLVM's."""
 
@@ -79,8 +82,8 @@ class Target:
     def parse(text: str, threads: int = 1) -> Target:
         """Read `cpu`, `cpu:NAME` with a name from `CPUS`, or `cuda:ARCH` with one from `CUDA_ARCHS`.
 
-        `cpu` is the highest x86-64 level of this machine, so that a binary made here runs on every
-        machine of that level.  Raises `UsageError` for anything else.
+        `cpu` is the highest x86-64 level of this machine, or `sapphirerapids` where it has AMX, so that a binary made
+        here runs on every machine of that level.  Raises `UsageError` for anything else.
         """
         kind, _, arch = text.partition(":")
         if kind == "cuda":
@@ -127,6 +130,11 @@ class Target:
         wide = ("-prefer-256-bit",) if "avx512f" in self.features else ()
         return (*wide, "-sse4a") if self.arch.startswith("znver") else wide
 
+    @property
+    def multiplies_tiles(self) -> bool:
+        """Whether there are instructions that multiply tiles of bf16 numbers (AMX)."""
+        return "amx-bf16" in self.features
+
     def with_threads(self, threads: int) -> Target:
         """Give the same target for another thread count."""
         return replace(self, threads=threads)
@@ -170,8 +178,8 @@ def cpu_model_name() -> str:
 
 @cache
 def native_arch() -> str:
-    """Give the highest x86-64 level this machine runs."""
-    for level in ("x86-64-v4", "x86-64-v3"):
+    """Give the highest x86-64 level this machine runs, or `sapphirerapids` if it multiplies tiles as those CPUs do."""
+    for level in ("sapphirerapids", "x86-64-v4", "x86-64-v3"):
         if all(_FLAG_OF_FEATURE.get(f, f) in machine_flags() for f in CPUS[level]):
             return level
     return "x86-64-v2"

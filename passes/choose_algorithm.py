@@ -41,7 +41,7 @@ from cnnc.passes.constants import array_of
 from cnnc.passes.registry import Pass
 from cnnc.target import Target
 
-Applies: TypeAlias = Callable[[Node], bool]
+Applies: TypeAlias = Callable[[Node, Target], bool]
 Seconds: TypeAlias = Callable[[Node, Target, DType], float]
 """Of a node, for a target, with weights stored in a type."""
 
@@ -116,7 +116,7 @@ def _winograd_seconds(tile: int) -> Seconds:
 def _winograd_applies(tile: int) -> Applies:
     """Say of a float32 image convolution whether it has known, finite weights, matrices and enough channels."""
 
-    def applies(node: Node) -> bool:
+    def applies(node: Node, target: Target) -> bool:
         op, x, w = node.op, node.inputs[0].type, array_of(node.inputs[1])
         if not isinstance(op, Conv) or w is None or not x.is_static or x.rank != 4 or x.dtype is not DType.F32:
             return False
@@ -132,8 +132,42 @@ def _winograd_applies(tile: int) -> Applies:
 FEWEST_CHANNELS = 16
 """With fewer there is little to save, and the first layer of a network reads plain data itself."""
 
+
+def _bf16x3_applies(node: Node, target: Target) -> bool:
+    """Say of a float32 image convolution of one group whether it has known, finite weights and enough channels."""
+    op, x, w = node.op, node.inputs[0].type, array_of(node.inputs[1])
+    if not target.multiplies_tiles or not isinstance(op, Conv) or w is None or not x.is_static or x.rank != 4:
+        return False
+    if op.groups > 1 or x.dtype is not DType.F32 or node.types[0].elements == 0:
+        return False
+    return w.shape[1] >= FEWEST_CHANNELS and bool(np.isfinite(w).all())
+
+
+def _bf16x3_seconds(node: Node, target: Target, stored: DType) -> float:
+    """Count products of tiles of 16 pixels, 32 input channels and 16 outputs, and splitting and storing numbers."""
+    op, w = node.op, node.inputs[1].type
+    n, oc, height, width = node.types[0].static_shape
+    _, ic, kh, kw = w.static_shape
+    assert isinstance(op, Conv)
+    pairs, oc_blocks = -(-ic // 32), -(-oc // 16)
+    reach = op.dilation[1] * (kw - 1) // op.stride[1]
+    tiles = n * -(-((height - 1) * (width + reach) + width) // 16)
+    steps, pixels = pairs * kh * kw, node.inputs[0].type.elements // ic
+    cycles = tiles * TILE_CYCLES * steps * oc_blocks + SPLIT_CYCLES * (pixels * pairs + 8 * steps * oc_blocks)
+    cycles += FINISH_CYCLES * n * height * width * oc_blocks
+    return _together(cycles / CYCLES_A_SECOND, stored.itemsize * w.elements / BYTES_A_SECOND)
+
+
+CYCLES_A_SECOND = 3.0e9
+"""Cycles of a core in which it gives `FMA_A_SECOND`."""
+
+TILE_CYCLES, SPLIT_CYCLES, FINISH_CYCLES = 110.0, 12.0, 6.0
+"""Cycles for six products of tiles, to split 32 numbers into parts, and to store 16 sums."""
+
+
 ALGORITHMS: tuple[Algorithm, ...] = (
-    Algorithm("direct", error=2.2, applies=lambda node: True, seconds=_direct_seconds, exact=True),
+    Algorithm("direct", error=2.2, applies=lambda node, target: True, seconds=_direct_seconds, exact=True),
+    Algorithm("bf16x3", error=6.0, applies=_bf16x3_applies, seconds=_bf16x3_seconds),
     Algorithm("winograd2", error=12.0, applies=_winograd_applies(2), seconds=_winograd_seconds(2)),
     Algorithm("winograd4", error=32.0, applies=_winograd_applies(4), seconds=_winograd_seconds(4)),
 )
@@ -305,7 +339,8 @@ def savings(
 
     def applies(algorithm: Algorithm) -> bool:
         return algorithm.error <= budget and all(
-            algorithm.applies(node) and rounding(algorithm.name, node, stored) <= MOST_ROUNDING for node in nodes
+            algorithm.applies(node, target) and rounding(algorithm.name, node, stored) <= MOST_ROUNDING
+            for node in nodes
         )
 
     first, *others = table

@@ -145,6 +145,7 @@ def _lower(job: KernelJob, target: CpuTarget) -> tuple[Any, Abi]:
     from tvm import s_tir, tirx
 
     from cnnc.backends.cpu.c_abi import Abi, c_function
+    from cnnc.backends.cpu.loops import WRITTEN_LOOPS
     from cnnc.backends.lower import vector_math
     from cnnc.backends.lower.flatten import flatten_buffers
     from cnnc.backends.lower.temporaries import bind_lets
@@ -163,7 +164,7 @@ def _lower(job: KernelJob, target: CpuTarget) -> tuple[Any, Abi]:
         return tvm.IRModule({var: bind_lets(func) for var, func in mod.functions.items()})
 
     schedule, loops = s_tir.transform, tirx.transform
-    steps = [
+    without_blocks = [
         schedule.CanonicalizeLoop(),
         schedule.LowerInitBlock(),
         schedule.PlanAndUpdateBufferAllocationLocation(),
@@ -173,6 +174,9 @@ def _lower(job: KernelJob, target: CpuTarget) -> tuple[Any, Abi]:
         schedule.StmtSimplify(),
         schedule.AnnotateIrregularLoop(),
         schedule.LowerOpaqueBlock(),
+    ]
+    steps = [
+        *([schedule.StmtSimplify()] if job.func.attrs.get(WRITTEN_LOOPS) is not None else without_blocks),
         tvm.transform.module_pass(flat, opt_level=0, name="cnnc.FlattenBuffers"),
         loops.BF16ComputeLegalize(),
         loops.NarrowDataType(32),

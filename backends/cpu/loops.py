@@ -13,6 +13,7 @@ from tvm import tirx
 from tvm.tirx import ForKind
 
 __all__ = [
+    "WRITTEN_LOOPS",
     "alloc",
     "buffer",
     "const",
@@ -30,6 +31,9 @@ __all__ = [
 ]
 
 Body = Callable[[Any], Any]
+
+WRITTEN_LOOPS = "cnnc.written_loops"
+"""Attribute of a function made here: no blocks to lower, and instructions may use what no load or store shows."""
 
 
 def const(value: Any) -> Any:
@@ -121,5 +125,5 @@ def prefetch(source: Any, *indices: Any) -> Any:
 
 
 def function(params: Sequence[Any], body: Any) -> Any:
-    """Make a PrimFunc of buffers and a body."""
-    return tirx.PrimFunc(list(params), body)
+    """Make a PrimFunc of buffers and a body; its temporaries stay as large as they are declared."""
+    return tirx.PrimFunc(list(params), body).with_attr(WRITTEN_LOOPS, True)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-__all__ = ["AVX2", "AVX512", "Machine"]
+__all__ = ["AVX2", "AVX512", "TILE_LINE", "TILE_ROWS", "Machine"]
+
+TILE_ROWS, TILE_LINE = 16, 16
+"""Rows of a tile register of AMX, and 32-bit numbers in a row: as many float32, or twice as many bf16."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ The tile pass takes, for each kernel, the cheapest schedule of the templates tha
 from __future__ import annotations
 
 from cnnc.backends.cpu.attention import AttentionTemplate
+from cnnc.backends.cpu.conv_bf16x3 import ConvBf16x3
 from cnnc.backends.cpu.conv_direct import ConvDirect
 from cnnc.backends.cpu.depthwise import Depthwise
 from cnnc.backends.cpu.gemm import DenseTemplate
@@ -23,6 +24,7 @@ from cnnc.errors import VerifyError
 
 TEMPLATES: tuple[Template, ...] = (
     ConvDirect(),
+    ConvBf16x3(),
     Winograd(),
     Depthwise(),
     Pool(),

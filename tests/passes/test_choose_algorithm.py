@@ -14,10 +14,14 @@ from cnnc.ops import Conv, MaxPool, WinogradWeight, constant, graph_input
 from cnnc.passes.choose_algorithm import ALGORITHMS, Algorithm, ChooseAlgorithm, cheapest, rounding
 from cnnc.passes.fold_constants import FoldConstants
 from cnnc.passes.pipeline import pipeline
+from cnnc.target import Target
 from tests.passes.graphs import TARGET, check, conv, graph_of, image, operators, weights
 
 FAST = Algorithm(
-    "fast", error=11.0, applies=lambda node: node.inputs[1].shape[2] == 3, seconds=lambda node, target, stored: 0.0
+    "fast",
+    error=11.0,
+    applies=lambda node, target: node.inputs[1].shape[2] == 3,
+    seconds=lambda node, target, stored: 0.0,
 )
 
 
@@ -176,3 +180,37 @@ def test_rounding_forbids_what_it_would_spoil(rng):
     graph = graph_of(conv(image(1, 64, 27, 27), weights(rng, 192, 64, 5, 5), pad=2))
     assert ChooseAlgorithm().run(graph, TARGET).outputs[0].op.algorithm != "direct"
     assert ChooseAlgorithm(weights=DType.BF16).run(graph, TARGET).outputs[0].op.algorithm == "direct"
+
+
+TILES = Target.parse("cpu:sapphirerapids")
+
+
+def test_tiles_are_used_where_there_are_some(rng):
+    pointwise = conv(image(1, 256, 14, 14), weights(rng, 256, 256, 1, 1)).node
+    assert cheapest(pointwise, TILES, 64.0) == "bf16x3"
+    assert cheapest(pointwise, TILES, 4.0) == "direct"
+    assert cheapest(pointwise, Target.parse("cpu:x86-64-v4"), 64.0) == "direct"
+
+
+def test_exact_forbids_tiles(rng):
+    graph = graph_of(conv(image(1, 128, 12, 12), weights(rng, 128, 128, 1, 1)))
+
+    def algorithms(exact):
+        done = check(ChooseAlgorithm(exact=exact), graph, rng, target=TILES)
+        return [node.op.algorithm for node in done.nodes if isinstance(node.op, Conv)]
+
+    assert algorithms(exact=False) == ["bf16x3"]
+    assert algorithms(exact=True) == ["direct"]
+
+
+def test_only_what_tiles_take(rng):
+    x, w = image(1, 256, 14, 14), weights(rng, 256, 256, 1, 1)
+    refused = [
+        conv(x, weights(rng, 256, 128, 1, 1), groups=2),
+        conv(image(1, 3, 14, 14), weights(rng, 256, 3, 1, 1)),
+        conv(x, graph_input("w", (256, 256, 1, 1))),
+        conv(x, constant(np.full((256, 256, 1, 1), np.inf, np.float32))),
+        conv(image(1, 256, 14), weights(rng, 256, 256, 1)),
+    ]
+    assert [cheapest(v.node, TILES, 64.0) for v in refused] == ["direct"] * len(refused)
+    assert cheapest(conv(x, w).node, TILES, 64.0) == "bf16x3"

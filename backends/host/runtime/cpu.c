@@ -3,6 +3,8 @@
 
 #include <cpuid.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 enum reg { EAX, EBX, ECX, EDX };
 
@@ -104,6 +106,12 @@ static uint32_t os_state(void) {
   return low;
 }
 
+/* Linux lets a process use the tile registers, 8 KiB for each thread, once it has asked (x86/xstate in its manual). */
+static bool granted(uint32_t state) {
+  const long request_permission = 0x1023, tile_data = 18;
+  return (state & STATE_AMX) == 0 || syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+
 static bool present(const feature *f, uint32_t state) {
   uint32_t regs[4];
   if (!__get_cpuid_count(f->leaf, f->subleaf, &regs[EAX], &regs[EBX], &regs[ECX], &regs[EDX])) {
@@ -116,7 +124,7 @@ static bool present(const feature *f, uint32_t state) {
       return false;
     }
   }
-  return (regs[f->reg] >> f->bit & 1u) && (state & f->state) == f->state;
+  return (regs[f->reg] >> f->bit & 1u) && (state & f->state) == f->state && granted(f->state);
 }
 
 const char *cnnc_rt_missing_feature(const char *const *features, int32_t count) {

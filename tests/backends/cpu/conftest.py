@@ -23,6 +23,9 @@ class TestCpu:
     llvm_attrs: tuple[str, ...] = ()
 
 
+TEST_CPU = TestCpu()
+
+
 def aligned(array: np.ndarray) -> np.ndarray:
     """Copy an array to memory aligned and padded to 64 bytes, as kernels demand."""
     raw = np.full(array.nbytes + 128, 0xFF, np.uint8)
@@ -37,7 +40,7 @@ KernelCall = Callable[..., np.ndarray]
 
 @pytest.fixture
 def call_kernel(tmp_path: Path) -> KernelCall:
-    """Compile a PrimFunc and call it: `call_kernel(func, inputs, output_shape, pieces=1)`.
+    """Compile a PrimFunc and call it: `call_kernel(func, inputs, output_shape, pieces=1, cpu=TEST_CPU)`.
 
     The range of slices is run in `pieces` parts, the last part first; the output is filled with NaN before.
     """
@@ -45,10 +48,12 @@ def call_kernel(tmp_path: Path) -> KernelCall:
 
     count = 0
 
-    def call(func: Any, inputs: list[np.ndarray], shape: tuple[int, ...], pieces: int = 1) -> np.ndarray:
+    def call(
+        func: Any, inputs: list[np.ndarray], shape: tuple[int, ...], pieces: int = 1, cpu: Any = TEST_CPU
+    ) -> np.ndarray:
         nonlocal count
         count += 1
-        kernel = compile_kernel(func, "kernel", TestCpu())
+        kernel = compile_kernel(func, "kernel", cpu)
         base = tmp_path / f"kernel{count}"
         base.with_suffix(".o").write_bytes(kernel.code)
         library = base.with_suffix(".so")

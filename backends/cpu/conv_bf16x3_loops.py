@@ -1,0 +1,311 @@
+"""The loop nest of a convolution on matrix tiles (see conv_bf16x3.py for the method)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from tvm import tirx
+
+from cnnc.backends.cpu import amx, loops
+from cnnc.backends.cpu.bf16_parts import PARTS, PRODUCTS, paired_parts
+from cnnc.backends.cpu.body import Body
+from cnnc.backends.cpu.conv_bf16x3_shape import MatrixParams, is_flat, reshaped
+from cnnc.backends.cpu.conv_shape import ConvShape
+from cnnc.backends.cpu.epilogue import SIDE_BY_SIDE, finish
+from cnnc.backends.cpu.machine import TILE_LINE, TILE_ROWS
+from cnnc.backends.cpu.planes import Planes
+from cnnc.backends.cpu.segments import even_split
+
+__all__ = ["MatrixLoops"]
+
+AHEAD = 8
+"""Steps for which weights are asked for early."""
+
+
+class MatrixLoops:
+    """Writes the loop nest of one convolution."""
+
+    def __init__(self, shape: ConvShape, params: MatrixParams, body: Body) -> None:
+        self.params = params
+        self.body = body.bind(shape.output_shape)
+        self.x, self.weight = self.body.operands[:2]
+        self.y = self.body.output()
+        self.logical = shape
+        self.shape = shape = reshaped(shape)
+        self.planes = planes = Planes(shape, params.rows)
+        self.pairs = -(-shape.ic_blocks // 2)
+        self.steps = self.pairs * shape.kh * shape.kw
+        # The last tile may go on beyond the last plane.
+        self.input = loops.buffer("input", (PARTS * self.pairs * planes.pixels + TILE_ROWS, TILE_LINE), "uint32")
+        self.weights = loops.buffer("weights", (self.steps, PARTS, TILE_ROWS, TILE_LINE), "uint32")
+        self.sums = loops.buffer("sums", (params.tiles * TILE_ROWS, TILE_LINE))
+
+    def function(self) -> Any:
+        """Make the PrimFunc."""
+        shape, params = self.shape, self.params
+        row_blocks = -(-shape.oh // params.rows)
+        oc_slices = -(-shape.oc_blocks // params.oc_blocks)
+
+        def one_slice(index: Any) -> Any:
+            image, oc, block = index // (oc_slices * row_blocks), index // row_blocks % oc_slices, index % row_blocks
+            return self._slice(image, oc * params.oc_blocks, block)
+
+        body = loops.parallel(shape.n * oc_slices * row_blocks, one_slice)
+        return loops.function([*self.body.inputs, self.y], body)
+
+    def _slice(self, image: Any, first_oc: Any, block: Any) -> Any:
+        """Compute some blocks of output channels on some rows, one block after the other."""
+        shape, params = self.shape, self.params
+        first = block * params.rows
+        left = shape.oh % params.rows
+
+        def one_block(index: Any) -> Any:
+            oc = first_oc + index
+            outputs = self._outputs(image, oc, first, params.rows)
+            if left:
+                outputs = loops.when(first + params.rows <= shape.oh, outputs, self._outputs(image, oc, first, left))
+            return outputs
+
+        blocks: Any = params.oc_blocks
+        if shape.oc_blocks % params.oc_blocks:
+            blocks = tirx.min(loops.const(params.oc_blocks), shape.oc_blocks - first_oc)
+        return loops.sequence(
+            *(loops.alloc(buffer) for buffer in (self.input, self.weights, self.sums)),
+            amx.configured(loops.sequence(self._split_input(image, first), loops.loop(blocks, one_block, "oc"))),
+        )
+
+    # Splitting
+
+    def _split_input(self, image: Any, first: Any) -> Any:
+        """Write the parts of the input of a slice, padding among them, into the planes."""
+        shape, planes = self.shape, self.planes
+
+        def one_plane(pair: Any, down: int, across: int) -> Any:
+            start = planes.start(down, across)
+            before = -(-(shape.pad[1] - across) // shape.stride[1])
+            begin = min(max(before, 0), planes.width)
+            end = min(max((shape.w - 1 + shape.pad[1] - across) // shape.stride[1] + 1, begin), planes.width)
+
+            def one_row(row: Any) -> Any:
+                x_row = (first + row) * shape.stride[0] + down - shape.pad[0]
+
+                def at(column: Any) -> Any:
+                    return start + row * planes.width + column
+
+                def read(column: Any) -> Any:
+                    x_column = column * shape.stride[1] + across - shape.pad[1]
+                    return self._split_pixel(image, pair, x_row, x_column, at(column))
+
+                def blank(count: int, begin: int) -> Any:
+                    return (
+                        loops.loop(count, lambda c: self._blank_pixel(pair, at(c)), "column", begin) if count else None
+                    )
+
+                inside = loops.sequence(
+                    blank(begin, 0),
+                    loops.loop(end - begin, read, "column", begin) if end > begin else None,
+                    blank(planes.width - end, end),
+                )
+                if self._reads_rows_inside:
+                    return inside
+                return loops.when(tirx.all(x_row >= 0, x_row < shape.h), inside, blank(planes.width, 0))
+
+            return loops.loop(planes.height, one_row, "row")
+
+        def one_pair(pair: Any) -> Any:
+            planes_down, planes_across = planes.phases
+            return loops.sequence(
+                *(one_plane(pair, d, a) for d in range(planes_down) for a in range(planes_across)),
+            )
+
+        return loops.loop(self.pairs, one_pair, "pair")
+
+    @property
+    def _reads_rows_inside(self) -> bool:
+        """Whether all rows of all planes are rows of the input."""
+        shape = self.shape
+        last = (
+            (-(-shape.oh // self.params.rows) * self.params.rows - self.params.rows + self.planes.height - 1)
+            * (shape.stride[0])
+            + self.planes.phases[0]
+            - 1
+            - shape.pad[0]
+        )
+        return shape.pad[0] == 0 and last < shape.h
+
+    def _split_pixel(self, image: Any, pair: Any, row: Any, column: Any, at: Any) -> Any:
+        """Write the parts of two blocks of channels of a pixel."""
+        found = loops.buffer("found", (2, TILE_LINE), scope="local")
+        position = self._position(row, column)
+
+        def read(half: int) -> Any:
+            def lane(c: Any) -> Any:
+                value = self.body.operand((image, pair * 2 + half, *position, c))
+                return loops.store(found, value, half, c)
+
+            return loops.vectorized(TILE_LINE, lane)
+
+        def nothing() -> Any:
+            zero = tirx.Broadcast(tirx.const(0.0, "float32"), TILE_LINE)
+            return loops.store(found, zero, 1, 0, lanes=TILE_LINE)
+
+        second = read(1)
+        if self.shape.ic_blocks % 2:
+            second = loops.when(pair * 2 + 1 < self.shape.ic_blocks, second, nothing())
+        low, high = (loops.load(found, half, 0, lanes=TILE_LINE) for half in range(2))
+        return loops.sequence(loops.alloc(found), read(0), second, self._put_parts(paired_parts(low, high), pair, at))
+
+    def _blank_pixel(self, pair: Any, at: Any) -> Any:
+        return self._put_parts([tirx.Broadcast(tirx.const(0, "uint32"), TILE_LINE)] * PARTS, pair, at)
+
+    def _put_parts(self, parts: Any, pair: Any, at: Any) -> Any:
+        return loops.sequence(
+            *(
+                loops.store(self.input, value, self._line(pair, part, at), 0, lanes=TILE_LINE)
+                for part, value in enumerate(parts)
+            )
+        )
+
+    def _line(self, pair: Any, part: int, pixel: Any) -> Any:
+        """Give where the staged input has a part of a pixel."""
+        return (pair * PARTS + part) * self.planes.pixels + pixel
+
+    def _split_weights(self, oc: Any, step: Any, begin: int = 0, end: int = TILE_ROWS) -> Any:
+        """Write the parts of the weights of a block of output channels for a step of the products, or some of them."""
+        shape = self.shape
+        taps = shape.kh * shape.kw
+        pair, r, s = step // taps, step % taps // shape.kw, step % shape.kw
+
+        def one(channel: Any) -> Any:
+            def read(half: int) -> Any:
+                return loops.widened(self.weight, oc, pair * 2 + half, r, s, channel, 0, lanes=TILE_LINE)
+
+            def put(parts: Any) -> Any:
+                return loops.sequence(
+                    *(
+                        loops.store(self.weights, value, step, part, channel, 0, lanes=TILE_LINE)
+                        for part, value in enumerate(parts)
+                    )
+                )
+
+            both = put(paired_parts(read(0), read(1)))
+            if not shape.ic_blocks % 2:
+                return both
+            zero = tirx.Broadcast(tirx.const(0.0, "float32"), TILE_LINE)
+            return loops.when(pair * 2 + 1 < shape.ic_blocks, both, put(paired_parts(read(0), zero)))
+
+        return loops.unrolled(end - begin, one, "channel", begin)
+
+    def _ask_for_weights(self, oc: Any, step: Any, begin: int, end: int) -> Any:
+        """Ask for weights of the step that is `AHEAD` of this one."""
+        line = 64 // self.shape.weight_bytes
+        lines = self.shape.block * 2 * TILE_LINE // line
+
+        def ask(number: Any) -> Any:
+            return loops.prefetch(self.weight, oc, 0, 0, 0, 0, ((step + AHEAD) * lines + number) * line)
+
+        first, last = begin * lines // TILE_ROWS, end * lines // TILE_ROWS
+        return loops.unrolled(last - first, ask, "line", first)
+
+    # Multiplying
+
+    def _outputs(self, image: Any, oc: Any, first: Any, rows: int) -> Any:
+        """Compute a block of output channels on `rows` rows, some tiles of pixels at a time."""
+        pixels = (rows - 1) * self.planes.width + self.shape.ow
+
+        def next_weights(step: Any, part: int, parts: int) -> Any:
+            following = tirx.min(step + 1, loops.const(self.steps - 1))
+            share = (part * TILE_ROWS // parts, (part + 1) * TILE_ROWS // parts)
+            return loops.sequence(self._ask_for_weights(oc, step, *share), self._split_weights(oc, following, *share))
+
+        def nothing(step: Any, part: int, parts: int) -> Any:
+            return None
+
+        def group(tile: Any, count: int, also: Callable[[Any, int, int], Any] = nothing) -> Any:
+            pixel = tile * TILE_ROWS
+            return loops.sequence(
+                *(amx.zero(number) for number in range(count)),
+                self._products(pixel, count, also),
+                *(amx.store(number, self.sums, number * TILE_ROWS, 0) for number in range(count)),
+                self._finish(image, oc, first, rows, pixel, count * TILE_ROWS),
+            )
+
+        def groups(first_tile: int, size: int, count: int) -> Any:
+            return loops.loop(count, lambda number: group(first_tile + number * size, size), "group") if count else None
+
+        (size, count), *smaller = even_split(-(-pixels // TILE_ROWS), self.params.tiles)
+        return loops.sequence(
+            self._split_weights(oc, loops.const(0)),
+            group(loops.const(0), size, next_weights),
+            groups(size, size, count - 1),
+            *(groups(size * count, *part) for part in smaller),
+        )
+
+    def _products(self, pixel: Any, tiles: int, also: Callable[[Any, int, int], Any]) -> Any:
+        """Add up the products of all channels and taps for some tiles of pixels, a register each.
+
+        What is to be done beside, `also` gives for each step.
+        """
+        shape, planes = self.shape, self.planes
+        a, first_b = tiles, tiles + 1
+
+        def step(pair: Any, r: Any, s: Any) -> Any:
+            at = planes.shift(r, s) + pixel
+            number = (pair * shape.kh + r) * shape.kw + s
+            statements = [amx.load(first_b + part, self.weights, number, part, 0, 0) for part in range(PARTS)]
+            for tile in range(tiles):
+                for part, others in PRODUCTS:
+                    statements.append(amx.load(a, self.input, self._line(pair, part, at + tile * TILE_ROWS), 0))
+                    statements += [amx.multiply_add(tile, a, first_b + other) for other in others]
+                statements.append(also(number, tile, tiles))
+            return loops.sequence(*statements)
+
+        def nest(pair: Any) -> Any:
+            return loops.loop(
+                shape.kh, lambda r: loops.loop(shape.kw, lambda s: step(pair, r, s), "kernel_column"), "kernel_row"
+            )
+
+        return loops.loop(self.pairs, nest, "pair")
+
+    def _finish(self, image: Any, oc: Any, first: Any, rows: int, pixel: Any, count: int) -> Any:
+        """Store what is computed for `count` pixels, the epilogue applied, where they are pixels of the output."""
+        shape, width = self.shape, self.planes.width
+        together = math.gcd(SIDE_BY_SIDE, shape.ow * rows) if is_flat(shape) else 1
+
+        def some(start: Any) -> Any:
+            here = pixel + start
+            row, column = here // width, here % width
+
+            def at(place: tuple[int, ...], lane: Any) -> tuple[Any, ...]:
+                if is_flat(shape):
+                    position = self._position((here + place[0]) // width + first, (here + place[0]) % width)
+                else:
+                    position = (first + row, column)
+                return (image, oc, *position, lane)
+
+            def value(place: tuple[int, ...], lane: Any) -> Any:
+                value = self.body.value(loops.load(self.sums, start + place[0], lane), at(place, lane))
+                if shape.oc % shape.block:
+                    value = tirx.Select(oc * shape.block + lane < shape.oc, value, tirx.const(0, self.y.dtype))
+                return value
+
+            def store(place: tuple[int, ...], lane: Any, value: Any) -> Any:
+                return loops.store(self.y, value, *at(place, lane))
+
+            stored = finish([(p,) for p in range(together)], shape.block, value, store)
+            if is_flat(shape):
+                return stored
+            return loops.when(tirx.all(row < rows, column < shape.ow), stored)
+
+        if not is_flat(shape):
+            return loops.loop(count, some, "pixel")
+        present = tirx.min(loops.const(count), rows * shape.ow - pixel)
+        return loops.loop(present // together, lambda number: some(number * together), "pixel")
+
+    def _position(self, row: Any, column: Any) -> tuple[Any, Any]:
+        """Give a pixel in the rows of the tensors, which those of the loops may not be."""
+        if self.shape == self.logical:
+            return row, column
+        return row // self.logical.w, row % self.logical.w

@@ -1,0 +1,129 @@
+"""Convolutions on matrix tiles against float64, on every machine: where it has no tile registers, on emulated ones."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cnnc.backends.cpu import conv_bf16x3
+from cnnc.backends.cpu.body import plain_body
+from cnnc.backends.cpu.conv_bf16x3 import MatrixParams
+from cnnc.backends.cpu.conv_shape import ConvShape
+from cnnc.backends.cpu.machine import AVX512
+from cnnc.ir.layout import Layout
+from tests.backends.cpu import tiles
+from tests.backends.cpu.conftest import TEST_CPU
+from tests.backends.cpu.test_conv_direct import SHAPES as ALL_SHAPES
+from tests.backends.cpu.test_conv_direct import reference, with_bias_and_residual
+
+SHAPES = {name: s for name, s in ALL_SHAPES.items() if s.groups == 1 and not s.plain_input}
+SHAPES |= {
+    "three strides": ConvShape(1, 40, 13, 14, 32, 5, 4, stride=(3, 3), pad=(2, 1, 2, 1)),
+    "stride and dilation": ConvShape(1, 32, 17, 19, 16, 3, 3, stride=(2, 3), pad=(2, 3, 2, 3), dilation=(2, 3)),
+    "many pixels": ConvShape(2, 16, 24, 23, 16, 3, 3, pad=(1, 1, 1, 1)),
+}
+
+
+@pytest.fixture(params=["emulated", "real"])
+def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Give the CPU to compile for, with emulated registers or real ones."""
+    if request.param == "emulated":
+        tiles.emulate(monkeypatch)
+        yield TEST_CPU
+    elif tiles.present():
+        yield tiles.SAPPHIRE_RAPIDS
+    else:
+        pytest.skip("this CPU has no tile registers")
+
+
+def best(shape: ConvShape) -> MatrixParams:
+    return min(conv_bf16x3.space(shape, AVX512), key=lambda p: conv_bf16x3.cost(shape, p, AVX512))
+
+
+def check(call_kernel: Any, cpu: Any, shape: ConvShape, params: MatrixParams, pieces: int = 1) -> None:
+    """Hold relu(conv + bias + residual) against float64, as closely as float32 sums come to it."""
+    rng = np.random.default_rng(shape.ic * 1000 + shape.h)
+    x = rng.standard_normal((shape.n, shape.ic, shape.h, shape.w), np.float32)
+    w = rng.standard_normal((shape.oc, shape.ic, shape.kh, shape.kw), np.float32)
+    b = rng.standard_normal(shape.oc, np.float32)
+    wanted = reference(shape, x, w, b)
+    extra = rng.standard_normal(wanted.shape, np.float32)
+    wanted = np.maximum(wanted + extra, 0)
+    blocks = Layout("NCHW16c")
+    func = conv_bf16x3.build(shape, params, with_bias_and_residual(shape))
+    packed = [blocks.pack(x), Layout("OIHW16i16o").pack(w), b, blocks.pack(extra)]
+    got = call_kernel(func, packed, shape.output_shape, pieces, cpu)
+    logical = blocks.unpack(got, wanted.shape)
+    assert np.linalg.norm(logical - wanted) <= 4e-7 * np.linalg.norm(wanted)
+    assert np.array_equal(blocks.pack(logical), got), "pad lanes must be 0"
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_chosen_schedule_is_right(call_kernel: Any, cpu: Any, name: str) -> None:
+    check(call_kernel, cpu, SHAPES[name], best(SHAPES[name]), pieces=3)
+
+
+@pytest.mark.parametrize("name", ["batch of 3, odd rows", "1x1", "asymmetric padding"])
+def test_every_schedule_is_right(call_kernel: Any, cpu: Any, name: str) -> None:
+    candidates = list(conv_bf16x3.space(SHAPES[name], AVX512))
+    for params in random.Random(name).sample(candidates, min(len(candidates), 3)):
+        check(call_kernel, cpu, SHAPES[name], params)
+
+
+def test_equal_shapes_are_equal(call_kernel: Any, cpu: Any) -> None:
+    """A shape that is equal to an earlier one, but another object, is computed the same way."""
+    for _ in range(2):
+        check(call_kernel, cpu, replace(SHAPES["1x1 strided"]), MatrixParams(rows=3, tiles=2, oc_blocks=1))
+
+
+def test_large_and_small_numbers(call_kernel: Any, cpu: Any) -> None:
+    """Numbers near the largest, whose parts must not overflow, and from where the smallest parts are lost."""
+    shape = ConvShape(1, 32, 4, 4, 16, 1, 1)
+    rng = np.random.default_rng(0)
+    exponents = rng.integers(-30, 31, (32, 4, 4))
+    for scale, bound in ((2.0**94, 4e-7), (2.0**-80, 4e-7), (0.0, 0.0)):
+        x = (rng.standard_normal((1, 32, 4, 4)) * scale * 2.0**exponents).astype(np.float32)
+        w = rng.uniform(-1, 1, (16, 32, 1, 1)).astype(np.float32)
+        wanted = np.einsum("oi,nihw->nohw", w[:, :, 0, 0].astype(np.float64), x.astype(np.float64))
+        magnitude = np.einsum("oi,nihw->nohw", np.abs(w[:, :, 0, 0]).astype(np.float64), np.abs(x).astype(np.float64))
+        func = conv_bf16x3.build(shape, best(shape), plain_body(shape.operand_shapes, shape.output_shape))
+        packed = [Layout("NCHW16c").pack(x), Layout("OIHW16i16o").pack(w)]
+        got = Layout("NCHW16c").unpack(call_kernel(func, packed, shape.output_shape, 1, cpu), wanted.shape)
+        assert np.all(np.abs(got - wanted) <= bound * magnitude)
+
+
+def test_numbers_that_are_not_finite_stay_so(call_kernel: Any, cpu: Any) -> None:
+    """What depends on an infinity is not finite, and nothing else is."""
+    shape = ConvShape(1, 16, 3, 40, 16, 3, 3, pad=(1, 1, 1, 1))
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 16, 3, 40), np.float32)
+    x[0, 3, 1, 7] = np.inf
+    w = rng.standard_normal((16, 16, 3, 3), np.float32)
+    func = conv_bf16x3.build(shape, best(shape), plain_body(shape.operand_shapes, shape.output_shape))
+    packed = [Layout("NCHW16c").pack(x), Layout("OIHW16i16o").pack(w)]
+    got = Layout("NCHW16c").unpack(call_kernel(func, packed, shape.output_shape, 1, cpu), (1, 16, 3, 40))
+    reached = np.zeros(got.shape, bool)
+    reached[..., 6:9] = True
+    assert np.array_equal(~np.isfinite(got), reached)
+
+
+def test_the_emulation_is_what_the_processor_does(call_kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not tiles.present():
+        pytest.skip("this CPU has no tile registers")
+    shape, params = SHAPES["3x3"], best(SHAPES["3x3"])
+    rng = np.random.default_rng(0)
+    packed = [rng.standard_normal(shape, np.float32) for shape in shape.operand_shapes]
+
+    def run(cpu: Any) -> np.ndarray:
+        func = conv_bf16x3.build(shape, params, plain_body(shape.operand_shapes, shape.output_shape))
+        result: np.ndarray = call_kernel(func, packed, shape.output_shape, 1, cpu)
+        return result
+
+    real = run(tiles.SAPPHIRE_RAPIDS)
+    tiles.emulate(monkeypatch)
+    np.testing.assert_allclose(run(TEST_CPU), real, rtol=0, atol=1e-5 * np.abs(real).max())
