@@ -4,8 +4,8 @@
 
 for the cheapest algorithm of a table whose error stays within the budget.  `seconds` are relative estimates for one
 layer on one core; `error` is in units of the last place of the work done, max |y - exact| / (eps * sum |a||b|), as
-measured on the kernels the algorithm takes; the budget is 64.  What is not cheaper than the first of the table by a
-clear margin gives way to it.  Winograd's algorithms also differ in what they make of infinities, which turn into NaN
+measured on the kernels the algorithm takes; the budget is 64.  What is not cheaper than the first of the table by its
+margin gives way to it.  Winograd's algorithms also differ in what they make of infinities, which turn into NaN
 wherever a tile holds one, and near the largest floats: `exact` forbids them.
 
 Graphs of one network for several batch sizes share the choice, and so the weights; a layer's seconds count as its share
@@ -50,7 +50,8 @@ Seconds: TypeAlias = Callable[[Node, Target, DType], float]
 class Algorithm:
     """One way to compute a convolution: when it applies, what it costs, how large its error is.
 
-    `exact` says that it adds up the very products of the definition.
+    `exact` says that it adds up the very products of the definition.  Its time counts as 1/`margin` of what it is: more
+    where it has drawbacks beside.
     """
 
     name: str
@@ -58,13 +59,20 @@ class Algorithm:
     applies: Applies
     seconds: Seconds
     exact: bool = False
+    margin: float = 1.0
 
 
 FMA_A_SECOND = 5.7e9
 """Vector multiply-adds a second of one core; like the other rates, only their ratios decide."""
 
-BYTES_A_SECOND = 3.0e10
-"""What one core reads from memory, where a network's weights are each time they are needed."""
+BYTES_A_SECOND, TILED_BYTES_A_SECOND = 3.0e10, 1.2e10
+"""What one core reads from memory, where a network's weights are each time they are needed; less of those with AMX."""
+
+EXPOSED_MOVES = 0.38
+"""The share of reading input and writing output that their arithmetic does not hide."""
+
+TILED_WINOGRAD = 1.4
+"""How many times as long Winograd's algorithm takes on those, beside the direct one."""
 
 EXPOSED = 0.15
 """The share of the shorter of arithmetic and reading that the longer does not hide."""
@@ -72,12 +80,23 @@ EXPOSED = 0.15
 DATA_FMA, OUTPUT_FMA = 15.0, 8.0
 """What transforming a vector of input, or of sums, costs for each position in the tile, in multiply-adds."""
 
-MARGIN = 0.82
-"""An algorithm must take less than this share of the time of the first to be worth it."""
+WINOGRAD_MARGIN = 0.82
+"""Of the time of the direct algorithm, Winograd's must take less than this to be worth its error and its weights."""
 
 
 def _blocks(channels: int, target: Target) -> int:
     return -(-channels // target.vector_lanes)
+
+
+def _reading(size: float, target: Target) -> float:
+    """Give the seconds to read some bytes of weights."""
+    return size / (TILED_BYTES_A_SECOND if target.multiplies_tiles else BYTES_A_SECOND)
+
+
+def _moving(node: Node, target: Target) -> float:
+    """Give what reading input and writing output add, where arithmetic is so fast that it counts."""
+    moved = node.inputs[0].type.nbytes + node.types[0].nbytes
+    return EXPOSED_MOVES * _reading(moved, target) if target.multiplies_tiles else 0.0
 
 
 def _together(arithmetic: float, reading: float) -> float:
@@ -89,7 +108,8 @@ def _direct_seconds(node: Node, target: Target, stored: DType) -> float:
     """Count the multiply-adds of the definition."""
     flops = node.op.flops(*(v.type for v in node.inputs))
     weights = stored.itemsize * node.inputs[1].type.elements
-    return _together(flops / (2 * target.vector_lanes * FMA_A_SECOND), weights / BYTES_A_SECOND)
+    arithmetic = flops / (2 * target.vector_lanes * FMA_A_SECOND)
+    return _together(arithmetic, _reading(weights, target)) + _moving(node, target)
 
 
 def _stride(node: Node) -> tuple[int, ...]:
@@ -108,7 +128,9 @@ def _winograd_seconds(tile: int) -> Seconds:
         products = 1.06 * ic_blocks * target.vector_lanes * oc_blocks
         work = vertical.positions * horizontal.positions * (products + DATA_FMA * ic_blocks + OUTPUT_FMA * oc_blocks)
         weights = stored.itemsize * vertical.weights * horizontal.weights * ic * oc
-        return _together(tiles * work / FMA_A_SECOND, weights / BYTES_A_SECOND)
+        slower = TILED_WINOGRAD if target.multiplies_tiles else 1.0
+        arithmetic = slower * tiles * work / FMA_A_SECOND
+        return _together(arithmetic, _reading(weights, target)) + _moving(node, target)
 
     return seconds
 
@@ -153,23 +175,25 @@ def _bf16x3_seconds(node: Node, target: Target, stored: DType) -> float:
     reach = op.dilation[1] * (kw - 1) // op.stride[1]
     tiles = n * -(-((height - 1) * (width + reach) + width) // 16)
     steps, pixels = pairs * kh * kw, node.inputs[0].type.elements // ic
-    cycles = tiles * TILE_CYCLES * steps * oc_blocks + SPLIT_CYCLES * (pixels * pairs + 8 * steps * oc_blocks)
-    cycles += FINISH_CYCLES * n * height * width * oc_blocks
-    return _together(cycles / CYCLES_A_SECOND, stored.itemsize * w.elements / BYTES_A_SECOND)
+    cycles = steps * oc_blocks * (TILE_CYCLES * tiles + SPLIT_WEIGHTS) + SPLIT_CYCLES * pixels * pairs
+    return _together(cycles / CYCLES_A_SECOND, _reading(stored.itemsize * w.elements, target)) + _moving(node, target)
 
 
 CYCLES_A_SECOND = 3.0e9
 """Cycles of a core in which it gives `FMA_A_SECOND`."""
 
-TILE_CYCLES, SPLIT_CYCLES, FINISH_CYCLES = 110.0, 12.0, 6.0
-"""Cycles for six products of tiles, to split 32 numbers into parts, and to store 16 sums."""
-
+TILE_CYCLES, SPLIT_CYCLES, SPLIT_WEIGHTS = 137.0, 29.0, 84.0
+"""Cycles for six products of tiles, to split 32 numbers into parts, and what splitting a tile of weights adds."""
 
 ALGORITHMS: tuple[Algorithm, ...] = (
     Algorithm("direct", error=2.2, applies=lambda node, target: True, seconds=_direct_seconds, exact=True),
-    Algorithm("bf16x3", error=6.0, applies=_bf16x3_applies, seconds=_bf16x3_seconds),
-    Algorithm("winograd2", error=12.0, applies=_winograd_applies(2), seconds=_winograd_seconds(2)),
-    Algorithm("winograd4", error=32.0, applies=_winograd_applies(4), seconds=_winograd_seconds(4)),
+    Algorithm("bf16x3", error=6.0, applies=_bf16x3_applies, seconds=_bf16x3_seconds, margin=0.95),
+    Algorithm(
+        "winograd2", error=12.0, applies=_winograd_applies(2), seconds=_winograd_seconds(2), margin=WINOGRAD_MARGIN
+    ),
+    Algorithm(
+        "winograd4", error=32.0, applies=_winograd_applies(4), seconds=_winograd_seconds(4), margin=WINOGRAD_MARGIN
+    ),
 )
 """The table: a new algorithm is a line here and a template in the back end."""
 
@@ -344,9 +368,8 @@ def savings(
         )
 
     first, *others = table
-    possible = [a for a in others if applies(a)]
-    saved = [(seconds(first) - seconds(a), a.name) for a in possible]
-    return [(gain, name) for gain, name in saved if gain > (1 - MARGIN) * seconds(first)]
+    saved = [(seconds(first) - seconds(a) / a.margin, a.name) for a in others if applies(a)]
+    return [(gain, name) for gain, name in saved if gain > 0]
 
 
 def cheapest(node: Node, target: Target, budget: float, table: tuple[Algorithm, ...] = ALGORITHMS) -> str:

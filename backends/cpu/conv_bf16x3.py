@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, operand_bytes, prologue_flops
 from cnnc.backends.cpu.conv_bf16x3_shape import MatrixParams, is_pointwise, reshaped
-from cnnc.backends.cpu.conv_shape import ConvShape
+from cnnc.backends.cpu.conv_shape import ConvShape, rows_read
 from cnnc.backends.cpu.machine import TILE_LINE, TILE_ROWS, Machine
 from cnnc.backends.cpu.planes import Planes
 from cnnc.backends.cpu.segments import even_split
@@ -67,8 +67,8 @@ def cost(shape: ConvShape, params: MatrixParams, machine: Machine) -> float:
     slices = shape.n * row_blocks * oc_slices
 
     groups = even_split(-(-planes.outputs // TILE_ROWS), params.tiles)
-    products = steps * sum(count * _step_cycles(size) for size, count in groups)
-    first = steps * SPLIT_CYCLES * TILE_ROWS * HIDDEN_SPLIT
+    products = sum(count * (steps * _step_cycles(size) + GROUP_CYCLES) for size, count in groups)
+    first = steps * SPLIT_CYCLES * TILE_ROWS * EXPOSED_SPLIT
     weights = shape.weight_bytes * steps * 2.0 * TILE_LINE * shape.block
     one = max(products + first, weights / machine.memory_bytes) + BLOCK_CYCLES
     one += planes.outputs * FINISH_CYCLES
@@ -78,6 +78,8 @@ def cost(shape: ConvShape, params: MatrixParams, machine: Machine) -> float:
     if resident > L2_SHARE * machine.l2:
         spilled = min(resident / (L2_SHARE * machine.l2) - 1.0, 1.0)
         total += spilled * params.oc_blocks * PART_BYTES * planes.pixels * pairs / machine.memory_bytes
+    moved = 4.0 * (shape.ic_blocks * rows_read(shape, params.rows) * shape.w + params.oc_blocks * planes.outputs)
+    total += EXPOSED * moved * shape.block / machine.memory_bytes
     waves = -(-slices // machine.threads)
     uneven = -(-slices // MANY_THREADS) * MANY_THREADS / slices
     return total * waves * (1.0 + 0.01 * uneven) / machine.hertz
@@ -88,25 +90,31 @@ def _step_cycles(tiles: int) -> float:
     return max(TILE_CYCLES * tiles, WAITING_CYCLES)
 
 
-TILE_CYCLES = 102.0
+TILE_CYCLES = 137.0
 """Cycles of six products of tiles, and the loads they need."""
 
-WAITING_CYCLES = 315.0
+WAITING_CYCLES = 400.0
 """Cycles of six products that add to the same tile, one after the other."""
 
-SPLIT_CYCLES, HIDDEN_SPLIT = 12.0, 0.35
-"""Cycles to split two vectors into parts; the share of it that products do not hide."""
+SPLIT_CYCLES, EXPOSED_SPLIT = 29.0, 0.18
+"""Cycles to split two vectors into parts; the share of it that products do not hide, for weights."""
 
-FINISH_CYCLES = 5.0
+GROUP_CYCLES = 27.0
+"""Cycles until the sums of a group of tiles are known and those of the next begin."""
+
+EXPOSED = 0.38
+"""The share of reading input and writing output that nothing hides."""
+
+FINISH_CYCLES = 2.6
 """Cycles to take a vector of sums through the epilogue."""
 
-BLOCK_CYCLES, SLICE_CYCLES = 300.0, 500.0
+BLOCK_CYCLES, SLICE_CYCLES = 264.0, 500.0
 """What starting a block of outputs costs, and a slice."""
 
 PART_BYTES = 192.0
 """Bytes of the parts of two vectors."""
 
-L2_SHARE = 0.7
+L2_SHARE = 0.68
 """The share of L2 that parts may take."""
 
 MANY_THREADS = 8

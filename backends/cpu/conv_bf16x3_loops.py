@@ -23,6 +23,9 @@ __all__ = ["MatrixLoops"]
 AHEAD = 8
 """Steps for which weights are asked for early."""
 
+MOST_ASKED = 8
+"""Lines of input to ask for beside the products of a tile; with more, asking is in the way."""
+
 
 class MatrixLoops:
     """Writes the loop nest of one convolution."""
@@ -63,9 +66,10 @@ class MatrixLoops:
 
         def one_block(index: Any) -> Any:
             oc = first_oc + index
-            outputs = self._outputs(image, oc, first, params.rows)
+            outputs = self._outputs(image, oc, index, first, params.rows)
             if left:
-                outputs = loops.when(first + params.rows <= shape.oh, outputs, self._outputs(image, oc, first, left))
+                fewer = self._outputs(image, oc, index, first, left)
+                outputs = loops.when(first + params.rows <= shape.oh, outputs, fewer)
             return outputs
 
         blocks: Any = params.oc_blocks
@@ -209,11 +213,28 @@ class MatrixLoops:
         first, last = begin * lines // TILE_ROWS, end * lines // TILE_ROWS
         return loops.unrolled(last - first, ask, "line", first)
 
+    def _ask_for_input(self, image: Any, first: Any, done: Any, tiles: int) -> Any:
+        """Ask for a share of the input rows that the next slice reads, `done` tiles being multiplied so far."""
+        shape, planes = self.shape, self.planes
+        pixels = self.params.rows * shape.stride[0] * shape.w
+        lines = shape.ic_blocks * pixels
+        share = -(-lines // (self.params.oc_blocks * self.steps * tiles))
+        if self.x is None or share > MOST_ASKED or self.params.rows >= shape.oh:
+            return None
+        start = (first * shape.stride[0] + planes.height * shape.stride[0] - shape.pad[0]) * shape.w
+
+        def ask(number: int) -> Any:
+            line = done * share + number
+            pixel = start + line % pixels
+            return loops.prefetch(self.x, image, line // pixels, *self._position(pixel // shape.w, pixel % shape.w), 0)
+
+        return loops.sequence(*(ask(number) for number in range(share)))
+
     # Multiplying
 
-    def _outputs(self, image: Any, oc: Any, first: Any, rows: int) -> Any:
-        """Compute a block of output channels on `rows` rows, some tiles of pixels at a time."""
-        pixels = (rows - 1) * self.planes.width + self.shape.ow
+    def _outputs(self, image: Any, oc: Any, index: Any, first: Any, rows: int) -> Any:
+        """Compute a block of output channels, of the slice number `index`, on `rows` rows, some tiles at a time."""
+        tiles = -(-((rows - 1) * self.planes.width + self.shape.ow) // TILE_ROWS)
 
         def next_weights(step: Any, part: int, parts: int) -> Any:
             following = tirx.min(step + 1, loops.const(self.steps - 1))
@@ -225,9 +246,14 @@ class MatrixLoops:
 
         def group(tile: Any, count: int, also: Callable[[Any, int, int], Any] = nothing) -> Any:
             pixel = tile * TILE_ROWS
+
+            def beside(step: Any, part: int, parts: int) -> Any:
+                done = (index * self.steps + step) * tiles + tile + part
+                return loops.sequence(also(step, part, parts), self._ask_for_input(image, first, done, tiles))
+
             return loops.sequence(
                 *(amx.zero(number) for number in range(count)),
-                self._products(pixel, count, also),
+                self._products(pixel, count, beside),
                 *(amx.store(number, self.sums, number * TILE_ROWS, 0) for number in range(count)),
                 self._finish(image, oc, first, rows, pixel, count * TILE_ROWS),
             )
@@ -235,7 +261,7 @@ class MatrixLoops:
         def groups(first_tile: int, size: int, count: int) -> Any:
             return loops.loop(count, lambda number: group(first_tile + number * size, size), "group") if count else None
 
-        (size, count), *smaller = even_split(-(-pixels // TILE_ROWS), self.params.tiles)
+        (size, count), *smaller = even_split(tiles, self.params.tiles)
         return loops.sequence(
             self._split_weights(oc, loops.const(0)),
             group(loops.const(0), size, next_weights),

@@ -54,6 +54,8 @@ def alloc(declared: Any) -> Any:
 def sequence(*statements: Any) -> Any:
     """Run statements one after the other; None stands for no statement."""
     present = [statement for statement in statements if statement is not None]
+    if not present:
+        return None
     return present[0] if len(present) == 1 else tirx.SeqStmt(present)
 
 
