@@ -71,7 +71,7 @@ BYTES_A_SECOND, TILED_BYTES_A_SECOND = 3.0e10, 1.2e10
 EXPOSED_MOVES = 0.38
 """The share of reading input and writing output that their arithmetic does not hide."""
 
-TILED_WINOGRAD = 1.4
+TILED_WINOGRAD = 1.3
 """How many times as long Winograd's algorithm takes on those, beside the direct one."""
 
 EXPOSED = 0.15
