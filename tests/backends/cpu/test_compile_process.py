@@ -197,3 +197,18 @@ def test_a_compile_with_it_gives_the_same_binary(process: CompileProcess, tmp_pa
     for name, helper in (("alone", None), ("helped", process)):
         cnnc.compile(graph, cache=False, helper=helper).save(tmp_path / name / "net.so")
     assert (tmp_path / "alone" / "net.so").read_bytes() == (tmp_path / "helped" / "net.so").read_bytes()
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU has nothing to run it on")
+def test_the_command_line_leaves_all_kernels_to_it(tmp_path: Path):
+    code = """
+import sys
+from cnnc.cli.main import run
+print(run(sys.argv[1:]), "tvm" in sys.modules)
+"""
+    model = f"{Path(__file__).parents[3] / 'examples' / 'simple_cnn.py'}:simple_cnn"
+    command = [sys.executable, "-c", code, "compile", model, "-o", str(tmp_path / "net.so"), "--no-cache"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines()[-1] == "0 False"
+    x = np.random.default_rng(0).random((1, 3, 32, 32), np.float32)
+    np.testing.assert_array_equal(cnnc.load(tmp_path / "net.so")(x), cnnc.compile(model, cache=False)(x))
