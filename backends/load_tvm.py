@@ -7,22 +7,24 @@ import os
 import sys
 from typing import Any
 
+# tvm_ffi imports torch wherever it is installed, for tensors that cnnc never hands it.  TVM tries disco, its runtime
+# for several machines, before the library of it is loaded; to find that out takes a fifth of a second.
+_NEEDLESS = ("torch", "tvm.runtime.disco")
+
 
 def load_tvm() -> Any:
-    """Import TVM (over a second the first time) and return the package.
+    """Import TVM (half a second the first time) and return the package.
 
-    tvm_ffi imports torch wherever it is installed, for tensors that cnnc never hands it; that would cost
-    seconds, so torch is hidden for as long as the import takes, unless the user has it loaded already.
+    What it would import needlessly is hidden for as long as the import takes, unless the user has it loaded already.
     """
     os.environ.setdefault("TVM_LOG_DEBUG", "")
     for name in ("tvm", "te_compiler"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    hide = "torch" not in sys.modules and "tvm_ffi" not in sys.modules
-    if hide:
-        sys.modules["torch"] = None  # type: ignore[assignment]
+    hidden = [name for name in _NEEDLESS if name not in sys.modules] if "tvm_ffi" not in sys.modules else []
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None is what says that there is none
     try:
         import tvm
     finally:
-        if hide:
-            del sys.modules["torch"]
+        for name in hidden:
+            del sys.modules[name]
     return tvm

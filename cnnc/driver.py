@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import onnx
 
     from cnnc.backends.cache import DiskCache
+    from cnnc.backends.cpu.compile_process import CompileProcess
     from cnnc.backends.host.library import LoadedModel
     from cnnc.backends.lower.build import Build, Scheduled
     from cnnc.frontends.dsl import Network
@@ -155,12 +157,14 @@ def compile(
     name: str | None = None,
     report: Report | None = None,
     progress: Progress = lambda phase, done, total: None,
+    helper: CompileProcess | None = None,
 ) -> Module:
     """Compile a model into a module that runs in process and can be saved as a binary.
 
     `source` is a path (`net.onnx`, `file.py:network`, IR text `net.ir`), an `onnx.ModelProto`, a DSL network
-    or a `Graph`; the other arguments are those of `Options`.  With `batch=(1, 8)` the module runs either, as its
-    inputs say.  Raises `CnncError`, whose `exit_code` tells an invalid model (3) from an unsupported one (4).
+    or a `Graph`; the other arguments are those of `Options`, and `helper` is a process that compiles kernels.
+    With `batch=(1, 8)` the module runs either, as its inputs say.  Raises `CnncError`, whose `exit_code` tells an
+    invalid model (3) from an unsupported one (4).
     """
     options = Options(
         target=target,
@@ -188,7 +192,7 @@ def compile(
         with _phase(report, "optimise", progress):
             lowered = lower(graphs, options, report)
         with _phase(report, "kernels", progress):
-            return _build(lowered, digest.result(), options, report, progress)
+            return _build(lowered, digest.result(), options, report, progress, helper)
 
 
 def load_graph(source: Source, options: Options | None = None) -> Graph:
@@ -277,7 +281,14 @@ def templates_for(target: Target) -> Sequence[KernelTemplate]:
     return cpu.TEMPLATES
 
 
-def _build(lowered: Lowered, digest: str, options: Options, report: Report, progress: Progress) -> Module:
+def _build(
+    lowered: Lowered,
+    digest: str,
+    options: Options,
+    report: Report,
+    progress: Progress,
+    helper: CompileProcess | None,
+) -> Module:
     from cnnc.backends.cache import DiskCache
     from cnnc.backends.lower.build import Scheduled
 
@@ -285,8 +296,11 @@ def _build(lowered: Lowered, digest: str, options: Options, report: Report, prog
     meta: dict[str, object] = {"cnnc": cnnc.__version__, "options": options.effective(), "model": digest}
     batches = [batch or 0 for batch in options.batches]
     network = Scheduled(lowered.graphs, lowered.plans, batches, lowered.target, meta)
-    backend = _build_for_gpu if lowered.target.is_gpu else _build_for_cpu
-    built, load = backend(network, disk, lambda done, total: progress("kernels", done, total))
+    steps = partial(progress, "kernels")
+    if lowered.target.is_gpu:
+        built, load = _build_for_gpu(network, disk, steps)
+    else:
+        built, load = _build_for_cpu(network, disk, steps, helper)
     report.kernels = built.compiled + built.cached
     report.kernels_compiled = built.compiled
     report.arena_bytes = built.program.arena_bytes
@@ -297,11 +311,13 @@ def _build(lowered: Lowered, digest: str, options: Options, report: Report, prog
 Built: TypeAlias = "tuple[Build, Callable[[], LoadedModel]]"
 
 
-def _build_for_cpu(network: Scheduled, disk: DiskCache | None, progress: Callable[[int, int], None]) -> Built:
-    from cnnc.backends.cpu.build import build
+def _build_for_cpu(
+    network: Scheduled, disk: DiskCache | None, progress: Callable[[int, int], None], helper: CompileProcess | None
+) -> Built:
+    from cnnc.backends.cpu.build import build, nowhere
     from cnnc.backends.host.jit import JitModel
 
-    built = build(network, disk, progress)
+    built = build(network, disk, progress, helper.compile if helper else nowhere)
     return built, lambda: JitModel(built.program, built.objects)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TypeAlias
 
 from cnnc.backends.cache import DiskCache
 from cnnc.backends.cpu.codegen import KernelJob, KernelObject, compile_kernels
@@ -21,17 +23,33 @@ from cnnc.ops.fused import Fused
 from cnnc.passes.plan_memory import is_elementwise
 from cnnc.target import Target
 
+Compiler: TypeAlias = "Callable[[Mapping[str, Fused], Target], Iterable[KernelObject]]"
+"""Compiles kernels, given by symbol, as far as it can, and gives them as they are done."""
+
+
+def nowhere(kernels: Mapping[str, Fused], target: Target) -> Iterable[KernelObject]:
+    """Compile none."""
+    return ()
+
 
 def build(
-    network: Scheduled, disk: DiskCache | None, progress: Callable[[int, int], None] = lambda done, total: None
+    network: Scheduled,
+    disk: DiskCache | None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    elsewhere: Compiler = nowhere,
 ) -> Build:
     """Compile a network's kernels and put them into a program.
 
-    Equal kernels (same body, types and schedule) are compiled once; those on `disk` not at all.
+    Equal kernels (same body, types and schedule) are compiled once; those on `disk` not at all.  What `elsewhere`
+    leaves out is compiled here.
     """
     target, nodes = network.target, network.kernels
     symbols = {node: kernel_symbol(fused_of(node), target) for node in nodes}
-    kernels, compiled = _kernel_objects({symbols[n]: fused_of(n) for n in nodes}, target, KernelCache(disk), progress)
+    wanted = {symbols[node]: fused_of(node) for node in nodes}
+    # To pack weights is copying in numpy, which gives up the interpreter lock.
+    with ThreadPoolExecutor(1, "weights") as beside:
+        memory = beside.submit(network.memory)
+        kernels, compiled = _kernel_objects(wanted, target, KernelCache(disk), progress, elsewhere)
     checks = {node: run_time_indices(node) for node in nodes}
     guards = {check_symbol(v.type, e): index_check(v.type, e) for found in checks.values() for v, e in found}
 
@@ -43,31 +61,44 @@ def build(
         scratch = (Slot("scratch", 0),) if kernel.scratch_bytes else ()
         yield replace(call, args=(*call.args, *scratch), slices=kernel.slices)
 
-    program = network.program(calls_of, max((k.scratch_bytes for k in kernels.values()), default=0))
+    scratch_bytes = max((k.scratch_bytes for k in kernels.values()), default=0)
+    program = network.program(memory.result(), calls_of, scratch_bytes)
     objects = tuple(kernel.code for _, kernel in sorted({**kernels, **guards}.items()))
     return Build(tuple(network.graphs), program, objects, compiled, len(kernels) - compiled)
 
 
 def _kernel_objects(
-    kernels: dict[str, Fused], target: Target, store: KernelCache, progress: Callable[[int, int], None]
+    kernels: dict[str, Fused],
+    target: Target,
+    store: KernelCache,
+    progress: Callable[[int, int], None],
+    elsewhere: Compiler,
 ) -> tuple[dict[str, KernelObject], int]:
     """Give the machine code by symbol, from the cache or freshly compiled, and how many were compiled."""
     keys = {symbol: kernel_key(kernel, target) for symbol, kernel in kernels.items()}
     found = {symbol: store.get(key) for symbol, key in keys.items()}
     objects = {symbol: kernel for symbol, kernel in found.items() if kernel is not None}
-    missing = [symbol for symbol in kernels if symbol not in objects]
+    missing = {symbol: kernel for symbol, kernel in kernels.items() if symbol not in objects}
     progress(len(objects), len(kernels))
-    if missing:
-        load_tvm()
-    jobs = [_job(symbol, kernels[symbol], target) for symbol in missing]
-    for symbol, kernel in zip(missing, compile_kernels(jobs, target), strict=True):
-        objects[symbol] = kernel
-        store.put(keys[symbol], kernel)
-    progress(len(kernels), len(kernels))
+    for kernel in _compiled(missing, target, elsewhere):
+        objects[kernel.symbol] = kernel
+        store.put(keys[kernel.symbol], kernel)
+        progress(len(objects), len(kernels))
     return objects, len(missing)
 
 
-def _job(symbol: str, kernel: Fused, target: Target) -> KernelJob:
+def _compiled(kernels: Mapping[str, Fused], target: Target, elsewhere: Compiler) -> Iterator[KernelObject]:
+    """Compile kernels elsewhere, and here those that were not."""
+    left = dict(kernels)
+    for kernel in elsewhere(kernels, target) if kernels else ():
+        del left[kernel.symbol]
+        yield kernel
+    if left:
+        load_tvm()
+        yield from compile_kernels([kernel_job(symbol, kernel, target) for symbol, kernel in left.items()], target)
+
+
+def kernel_job(symbol: str, kernel: Fused, target: Target) -> KernelJob:
     """Make a kernel's TIR; the memory plan may let an elementwise one write over its input."""
     if kernel.schedule is None:
         raise VerifyError(f"kernel {kernel.anchor} has no schedule; the tile pass has not run")

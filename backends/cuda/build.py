@@ -39,7 +39,9 @@ def build(
         yield _launched(kernel_call(node, symbols[node], slots), kernels, numbers)
 
     scratch_bytes = max((kernel.scratch_bytes for kernel in kernels.values()), default=0)
-    program = network.program(calls_of, scratch_bytes, DeviceCode(target.arch, tuple(modules.values())))
+    program = network.program(
+        network.memory(), calls_of, scratch_bytes, DeviceCode(target.arch, tuple(modules.values()))
+    )
     return Build(tuple(network.graphs), program, (), compiled, len(kernels) - compiled)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cnnc.backends.host.device_driver import CUBINS_SYMBOL, cubin_pieces
@@ -14,7 +15,7 @@ from cnnc.backends.host.driver import emit_driver, exported_symbols
 from cnnc.backends.host.elf_data import Pieces, stretch_section, write_data_object
 from cnnc.backends.host.library import SharedModel
 from cnnc.backends.host.program import ALIGNMENT, MAX_IMAGE, MAX_WEIGHTS, TABLE_SYMBOL, Program
-from cnnc.backends.host.publish import published
+from cnnc.backends.host.publish import flush, published
 from cnnc.backends.host.seal import seal_binary
 from cnnc.backends.host.toolchain import compiler, run_tool, runtime_objects, tool, work_folder
 from cnnc.errors import EnvironmentProblem, VerifyError
@@ -121,4 +122,9 @@ def _finish(program: Program, path: Path) -> None:
     """Add what the linker did not see: the weights, and the digest of it all."""
     if program.weight_bytes:
         stretch_section(path, _WEIGHTS, program.weights)
-    seal_binary(path)
+    # The disk has work while the digest is computed; what is flushed here need not be when the file is published.
+    with ThreadPoolExecutor(1, "flush") as beside:
+        flushed = beside.submit(flush, path)
+        seal_binary(path)
+        # The system reports a failing disk once.
+        flushed.result()

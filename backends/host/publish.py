@@ -41,6 +41,12 @@ def publish(path: Path, data: bytes, mode: int = 0o644) -> None:
         temporary.write_bytes(data)
 
 
+def flush(path: Path) -> None:
+    """Wait until a file's content is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 @contextlib.contextmanager
 def _locked_folder(parent: Path) -> Iterator[Path]:
     """Make a temporary folder and hold a lock on it, which tells other runs that it is in use.
@@ -68,8 +74,7 @@ def _replace(temporary: Path, path: Path, mode: int) -> None:
     umask = os.umask(0)
     os.umask(umask)
     temporary.chmod(mode & ~umask)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+    flush(temporary)
     os.replace(temporary, path)
 
 

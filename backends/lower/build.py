@@ -44,6 +44,14 @@ class Build:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Where the values of each graph live, and the block of weights in pieces."""
+
+    slots: Sequence[Slots]
+    weights: Sequence[bytes | memoryview]
+
+
+@dataclass(frozen=True)
 class Scheduled:
     """What is to be built: graphs whose every computing node is a scheduled `Fused`, one for each batch size.
 
@@ -61,12 +69,19 @@ class Scheduled:
         """The kernels of all graphs in the order they run."""
         return [node for graph in self.graphs for node in fused_nodes(graph)]
 
-    def program(self, calls_of: CallsOf, scratch_bytes: int, device: DeviceCode | None = None) -> Program:
-        """Fill in ports, places and calls; equal weights are there once, and the arena is the largest needed."""
+    def memory(self) -> Memory:
+        """Give every value its place, and pack the weights: equal ones are there once."""
         weights = WeightBlock()
+        slots = [_slots_of(graph, plan, weights) for graph, plan in zip(self.graphs, self.plans, strict=True)]
+        return Memory(slots, weights.pieces())
+
+    def program(
+        self, memory: Memory, calls_of: CallsOf, scratch_bytes: int, device: DeviceCode | None = None
+    ) -> Program:
+        """Fill in ports, places and calls; the arena is the largest needed."""
         first, *others = (
-            _variant(batch, graph, _slots_of(graph, plan, weights), calls_of)
-            for batch, graph, plan in zip(self.batches, self.graphs, self.plans, strict=True)
+            _variant(batch, graph, slots, calls_of)
+            for batch, graph, slots in zip(self.batches, self.graphs, memory.slots, strict=True)
         )
         return Program(
             name=self.graphs[0].name,
@@ -75,7 +90,7 @@ class Scheduled:
             calls=first.calls,
             arena_bytes=max(plan.size for plan in self.plans),
             scratch_bytes=scratch_bytes,
-            weights=weights.pieces(),
+            weights=memory.weights,
             meta=json.dumps(self.meta, sort_keys=True),
             cpu=BASELINE_CPU if device else self.target.llvm_cpu,
             features=() if device else self.target.features,

@@ -1,4 +1,7 @@
-"""Options that several verbs share, and how a model argument becomes a module."""
+"""Options that several verbs share, and how a model argument becomes a module.
+
+What takes long to import is imported where it is used: a verb may have something to start before that.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cnnc.cli.progress import Phases
-from cnnc.driver import Options, Report, compile
 from cnnc.errors import UsageError
-from cnnc.module import Module, load
 from cnnc.options import LEVELS
+
+if TYPE_CHECKING:
+    from cnnc.backends.cpu.compile_process import CompileProcess
+    from cnnc.driver import Options, Report
+    from cnnc.module import Module
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -97,6 +102,8 @@ def threads_option(function: F) -> F:
 
 def options_of(arguments: dict[str, Any]) -> Options:
     """Turn the keyword arguments of `compile_options` into `Options`."""
+    from cnnc.driver import Options
+
     return Options(
         target=arguments["target"],
         threads=arguments.get("threads", 1),
@@ -113,11 +120,17 @@ def options_of(arguments: dict[str, Any]) -> Options:
     )
 
 
-def open_model(model: str, arguments: dict[str, Any], name: str | None = None) -> Opened:
+def open_model(
+    model: str, arguments: dict[str, Any], name: str | None = None, helper: CompileProcess | None = None
+) -> Opened:
     """Load a binary, or compile a model (under another name, if one is given) with progress on stderr.
 
-    Of a binary `--batch` chooses a batch size.
+    Of a binary `--batch` chooses a batch size; `helper` compiles kernels.
     """
+    from cnnc.cli.progress import Phases
+    from cnnc.driver import Report, compile
+    from cnnc.module import load
+
     start = time.perf_counter()
     if model.endswith(".so"):
         module = load(model, threads=arguments.get("threads", 1))
@@ -144,6 +157,7 @@ def open_model(model: str, arguments: dict[str, Any], name: str | None = None) -
             name=name,
             report=report,
             progress=phases,
+            helper=helper,
         )
     return Opened(module, report, time.perf_counter() - start)
 

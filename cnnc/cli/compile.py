@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cnnc.artifact import check_output
+from cnnc.backends.cpu.compile_process import compile_process
 from cnnc.cli.arguments import compile_options, open_model, options_of
-from cnnc.cli.precision import MeasuredError, describe, measure_error, print_stored
 from cnnc.cli.report import print_json, print_table, seconds_text
-from cnnc.driver import Report
 from cnnc.errors import UsageError
-from cnnc.module import Module
 from cnnc.options import format_bytes
+
+if TYPE_CHECKING:
+    from cnnc.cli.precision import MeasuredError
+    from cnnc.driver import Report
+    from cnnc.module import Module
 
 
 @click.command("compile")
@@ -37,16 +43,7 @@ def command(
 ) -> None:
     """Compile MODEL (net.onnx, file.py:network or net.ir) to a binary without any dependency."""
     start = time.perf_counter()
-    kinds = emit.split(",")
-    check_output(output, kinds, len(options_of(arguments).batches))
-    if model.endswith(".so"):
-        raise UsageError(f"{model} is compiled already")
-    opened = open_model(model, arguments, name=output.stem)
-    report = opened.report or Report()
-    linking = time.perf_counter()
-    files = opened.module.save(output, emit=kinds)
-    report.phases["link"] = time.perf_counter() - linking
-    error = _error(opened.module, model, arguments, report)
+    report, error, files = _compile(model, output, emit.split(","), arguments)
     if as_json:
         print_json("compile", _content(report, error, files, time.perf_counter() - start))
         return
@@ -59,10 +56,41 @@ def command(
     click.echo(f"PASSED in {seconds_text(time.perf_counter() - start)}")
 
 
-def _error(module: Module, model: str, arguments: dict[str, Any], report: Report) -> MeasuredError:
+def _compile(
+    model: str, output: Path, kinds: Sequence[str], arguments: dict[str, Any]
+) -> tuple[Report, MeasuredError | None, list[Path]]:
+    """Compile, write and, with narrow weights, measure; while this process imports, another one imports TVM."""
+    for_cpu = arguments["target"].startswith("cpu") and not model.endswith(".so")
+    with compile_process(wanted=for_cpu) as helper, _no_garbage_search():
+        check_output(output, kinds, len(options_of(arguments).batches))
+        if model.endswith(".so"):
+            raise UsageError(f"{model} is compiled already")
+        opened = open_model(model, arguments, output.stem, helper)
+    assert opened.report is not None
+    linking = time.perf_counter()
+    files = opened.module.save(output, emit=kinds)
+    opened.report.phases["link"] = time.perf_counter() - linking
+    return opened.report, _error(opened.module, model, arguments, opened.report), files
+
+
+@contextmanager
+def _no_garbage_search() -> Iterator[None]:
+    """Leave garbage in circles where it is: there is little, and to look for it takes a tenth of the time."""
+    searches = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if searches:
+            gc.enable()
+
+
+def _error(module: Module, model: str, arguments: dict[str, Any], report: Report) -> MeasuredError | None:
     """Measure what storing weights in 16 bits does to the outputs, if that was asked for."""
     if report.stored is None:
-        return MeasuredError({})
+        return None
+    from cnnc.cli.precision import MeasuredError, measure_error
+
     if not arguments["measure_error"]:
         return MeasuredError({}, "--no-measure-error")
     start = time.perf_counter()
@@ -71,7 +99,7 @@ def _error(module: Module, model: str, arguments: dict[str, Any], report: Report
     return error
 
 
-def _content(report: Report, error: MeasuredError, files: list[Path], seconds: float) -> dict[str, Any]:
+def _content(report: Report, error: MeasuredError | None, files: list[Path], seconds: float) -> dict[str, Any]:
     return {
         "files": {str(file): file.stat().st_size for file in files},
         "phases": report.phases,
@@ -81,19 +109,29 @@ def _content(report: Report, error: MeasuredError, files: list[Path], seconds: f
         "kernels_compiled": report.kernels_compiled,
         "arena_bytes": report.arena_bytes,
         "weight_bytes": report.weight_bytes,
-        **(describe(report.stored, error) if report.stored else {}),
+        **_narrow_content(report, error),
         "seconds": seconds,
     }
 
 
-def _print_summary(report: Report, error: MeasuredError, files: list[Path]) -> None:
+def _narrow_content(report: Report, error: MeasuredError | None) -> dict[str, Any]:
+    if report.stored is None or error is None:
+        return {}
+    from cnnc.cli.precision import describe
+
+    return describe(report.stored, error)
+
+
+def _print_summary(report: Report, error: MeasuredError | None, files: list[Path]) -> None:
     phases = ", ".join(f"{name} {seconds_text(seconds)}" for name, seconds in report.phases.items())
     click.echo(f"phases   {phases}")
     if report.batches:
         click.echo(f"batch    {', '.join(map(str, report.batches))}")
     click.echo(f"kernels  {report.kernels}, {report.kernels_compiled} of them compiled, the rest from the cache")
     click.echo(f"memory   {format_bytes(report.arena_bytes)} arena, {format_bytes(report.weight_bytes)} weights")
-    if report.stored is not None:
+    if report.stored is not None and error is not None:
+        from cnnc.cli.precision import print_stored
+
         print_stored(report.stored, error)
     for file in files:
         click.echo(f"wrote    {file} ({format_bytes(file.stat().st_size)})")

@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 SCHEMA = 1
 """The version of every JSON report; a field that changes its meaning raises it."""
@@ -28,6 +25,11 @@ def print_table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[S
 
     Wide enough for every cell where stdout is no terminal, so that nothing is cut in a file.
     """
+    # Imported here, as most verbs print one table, after all else, or none.
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for heading, side in columns:
         table.add_column(heading, justify="right" if side == "right" else "left", overflow="fold")

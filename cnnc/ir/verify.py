@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from weakref import WeakSet
+
 from cnnc.errors import ShapeError, VerifyError
 from cnnc.ir.build import infer_types
 from cnnc.ir.graph import Graph, Node
 from cnnc.ir.text import print_graph
+
+_sound: WeakSet[Node] = WeakSet()
+"""Nodes found to be well-typed: they never change, and most of them live through many passes."""
 
 
 def verify(graph: Graph, after: str = "") -> Graph:
@@ -18,14 +23,23 @@ def verify(graph: Graph, after: str = "") -> Graph:
     _check_names(graph, where)
     declared = {v.node for v in graph.inputs}
     for node in graph.nodes:
-        problem = _problem(node, declared)
+        if node.op.name == "input" and node not in declared:
+            raise _error(graph, node, "is reached but is not an input of the graph", where)
+        if node in _sound:
+            continue
+        problem = _problem(node)
         if problem:
-            text = print_graph(graph, notes={node: problem})
-            raise VerifyError(f"{node.op.name}: {problem} (at {', '.join(sorted(node.loc))}){where}\n{text}")
+            raise _error(graph, node, problem, where)
         body = getattr(node.op, "body", None)
         if isinstance(body, Graph):
             verify(body, after)
+        _sound.add(node)
     return graph
+
+
+def _error(graph: Graph, node: Node, problem: str, where: str) -> VerifyError:
+    text = print_graph(graph, notes={node: problem})
+    return VerifyError(f"{node.op.name}: {problem} (at {', '.join(sorted(node.loc))}){where}\n{text}")
 
 
 def _check_names(graph: Graph, where: str) -> None:
@@ -38,9 +52,7 @@ def _check_names(graph: Graph, where: str) -> None:
             raise VerifyError(f"graph {graph.name}: {value.op.name} stands among the inputs{where}")
 
 
-def _problem(node: Node, declared: set[Node]) -> str | None:
-    if node.op.name == "input" and node not in declared:
-        return "is reached but is not an input of the graph"
+def _problem(node: Node) -> str | None:
     for position, value in enumerate(node.inputs):
         if value.index >= len(value.node.types):
             return f"input {position} is output {value.index} of {value.op.name}, which has {len(value.node.types)}"

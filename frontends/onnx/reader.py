@@ -1,12 +1,11 @@
 """Read a model file: path to bytes to `ModelProto`, once, from regular files only.
 
-Whatever is read is what is hashed and compiled; a file replaced meanwhile changes nothing.  Nothing is unpickled or
+Whatever is read is what is compiled; a file replaced meanwhile changes nothing.  Nothing is unpickled or
 unpacked: other formats are recognised by their first bytes and refused by name.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 import warnings
@@ -41,13 +40,11 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A model as read: its protobuf, where it came from, and the hash of its bytes."""
+    """A model as read: its protobuf, and where it came from."""
 
     proto: onnx.ModelProto
     label: str
     """How messages name it: the path as given, or `<model>`."""
-    digest: str
-    """SHA-256 of the bytes, in hex."""
     folder: ExternalFolder | None
     """Where external data may be read from; None for a model that came as bytes."""
 
@@ -141,7 +138,7 @@ def _parse(data: bytes, label: str, folder: ExternalFolder | None, limits: Limit
         raise type(error)(f"{label}: {error}") from None
     if unknown:
         warnings.warn(f"{label}: fields this ONNX version does not have are ignored: {listed(unknown)}", stacklevel=3)
-    return ModelFile(proto, label, hashlib.sha256(data).hexdigest(), folder)
+    return ModelFile(proto, label, folder)
 
 
 def _refuse_other_formats(data: bytes) -> None:

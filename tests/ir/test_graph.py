@@ -110,6 +110,14 @@ def test_literals_compare_by_content():
     assert Literal(a) != "a"
 
 
+def test_every_element_of_a_literal_counts(rng: np.random.Generator):
+    a = rng.standard_normal((10, 20)).astype(np.float32)
+    for position in range(a.size):
+        b = a.copy()
+        b.reshape(-1)[position] += 1
+        assert Literal(a) != Literal(b)
+
+
 def test_literals_cannot_be_written():
     literal = Literal(np.zeros((2, 3), np.float32).T)
     assert literal.array.flags.c_contiguous

@@ -45,8 +45,16 @@ def test_forged_nodes(value, message):
     assert "; ^ " in str(caught.value), "the graph is printed with the message at the node"
 
 
+def test_a_sound_node_does_not_vouch_for_those_that_read_it():
+    x = call(Relu(), X)
+    verify(Graph("g", (X,), (x,)))
+    with pytest.raises(VerifyError, match="has types"):
+        verify(Graph("g", (X,), (forged(TensorType((2, 4)), inputs=(x,)),)))
+
+
 def test_inputs_that_are_not_declared():
     z = graph_input("z", (2, 3))
+    verify(Graph("g", (X, z), (call(Add(), X, z),)))
     with pytest.raises(VerifyError, match="input: is reached but is not an input of the graph"):
         verify(Graph("g", (X,), (call(Add(), X, z),)))
 

@@ -11,6 +11,9 @@
 
 #define PAGE ((size_t)4096)
 #define HUGE_PAGE ((size_t)1 << 21)
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
 
 struct cnnc_rt_context {
   cnnc_rt_pool *pool;
@@ -30,12 +33,26 @@ struct cnnc_rt_context {
 
 static size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
 
+/* Has all pages of the weights mapped in one call, once: a first run that did so page by page would take a fifth longer.
+ * Advice only: before Linux 5.14 there is no such call, and the first run does it. */
+static void map_weights(void) {
+  static atomic_flag mapped = ATOMIC_FLAG_INIT;
+  const cnnc_rt_model *model = &cnnc_rt_the_model;
+  if (model->weight_bytes != 0 && !atomic_flag_test_and_set(&mapped)) {
+    uintptr_t start = (uintptr_t)model->weights / PAGE * PAGE;
+    uintptr_t end = (uintptr_t)model->weights + model->weight_bytes;
+    madvise((void *)start, round_up(end - start, PAGE), MADV_POPULATE_READ);
+  }
+}
+
 static int map_memory(cnnc_rt_context *context) {
   const cnnc_rt_model *model = &cnnc_rt_the_model;
   size_t stride = round_up(model->scratch_bytes, PAGE);
   size_t arena = round_up(model->arena_bytes, PAGE);
   size_t size = arena + stride * (size_t)context->threads + PAGE;
   size_t alignment = size >= 2 * HUGE_PAGE ? HUGE_PAGE : PAGE;
+  /* All of it in huge pages: the rest of the last one in small pages would be hundreds of page faults. */
+  size = round_up(size, alignment);
   context->mapping_bytes = size + alignment;
   context->mapping = mmap(NULL, context->mapping_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (context->mapping == MAP_FAILED) {
@@ -103,6 +120,7 @@ int cnnc_rt_create(int threads, cnnc_rt_context **out) {
   context->threads = threads == 0 ? cnnc_rt_allowed_cpus() : threads;
   context->pid = getpid();
   int code = fill(context);
+  map_weights();
   if (code == CNNC_RT_OK) {
     code = publish(context);
   }

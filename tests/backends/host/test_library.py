@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -471,12 +472,19 @@ def test_weights_are_mapped_and_not_copied(kernels: bytes, tmp_path: Path) -> No
     build_shared(Program("large", (), (output,), (call,), 0, 0, (weights.tobytes(),)), [kernels], tmp_path / "large.so")
     before = resident()
     context = SharedModel(tmp_path / "large.so").create()
+    # Linux 5.14 and later map them with the first context, others in the first run.
+    created = resident()
+    assert _linux() < (5, 14) or created["RssFile"] - before["RssFile"] > 0.9 * weights.nbytes
     (best,) = context.run([])
     after = resident()
     np.testing.assert_array_equal(best, weights.argmax(axis=1))
     # The kernel counts pages in batches.
     assert after["RssFile"] - before["RssFile"] > 0.9 * weights.nbytes
     assert after["RssAnon"] - before["RssAnon"] < weights.nbytes / 2
+
+
+def _linux() -> tuple[int, ...]:
+    return tuple(map(int, platform.release().partition("-")[0].split(".")[:2]))
 
 
 def resident() -> dict[str, int]:

@@ -326,6 +326,25 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, kernels: bytes) -> None
     assert (tmp_path / "out" / "p.so").read_text() == "old"
 
 
+def test_what_the_disk_reports_once_is_not_lost(
+    tmp_path: Path, kernels: bytes, small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "small.so"
+    path.write_text("old")
+    calls: list[int] = []
+
+    def failing_once(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", failing_once)
+    with pytest.raises(EnvironmentProblem, match="Input/output error"):
+        build_shared(small.program, [kernels], path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_killed_at_any_moment_the_path_holds_old_or_new(tmp_path: Path, kernels: bytes) -> None:
     out = tmp_path / "out"
     out.mkdir()
