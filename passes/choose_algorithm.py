@@ -65,14 +65,15 @@ class Algorithm:
 FMA_A_SECOND = 5.7e9
 """Vector multiply-adds a second of one core; like the other rates, only their ratios decide."""
 
-BYTES_A_SECOND, TILED_BYTES_A_SECOND = 3.0e10, 1.2e10
-"""What one core reads from memory, where a network's weights are each time they are needed; less of those with AMX."""
+BYTES_A_SECOND, WIDE_BYTES_A_SECOND = 3.0e10, 1.2e10
+"""What one core reads from memory, where a network's weights are each time they are needed: an EPYC's with AVX2, and a
+Xeon's, which stand for vectors of 8 lanes and of 16."""
 
 EXPOSED_MOVES = 0.38
 """The share of reading input and writing output that their arithmetic does not hide."""
 
 TILED_WINOGRAD = 1.3
-"""How many times as long Winograd's algorithm takes on those, beside the direct one."""
+"""How many times as long Winograd's algorithm takes with AMX, beside the direct one."""
 
 EXPOSED = 0.15
 """The share of the shorter of arithmetic and reading that the longer does not hide."""
@@ -90,7 +91,7 @@ def _blocks(channels: int, target: Target) -> int:
 
 def _reading(size: float, target: Target) -> float:
     """Give the seconds to read some bytes of weights."""
-    return size / (TILED_BYTES_A_SECOND if target.multiplies_tiles else BYTES_A_SECOND)
+    return size / (WIDE_BYTES_A_SECOND if target.vector_lanes >= 16 else BYTES_A_SECOND)
 
 
 def _moving(node: Node, target: Target) -> float:

@@ -3,8 +3,8 @@
     y[n, c, h, w] = sum over j, r, s of x[n, g(c) + j, h * stride + r * dilation - pad, ...] * weight[c, j, r, s]
 
 with g(c) the first channel of c's group and j one of its `group` channels, `group` a divisor of the block.  The
-weight is OIHW{block}o.  For group > 1 lane c takes input lane g(c) + j: a shuffle of the input vector, which
-costs less than expanding the groups to blocks of zeros would.
+weight is OIHW{block}o.  For group > 1 a pixel has a sum for each way from an input lane to an output lane (see
+group_sums.py).
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of
 from cnnc.backends.cpu.machine import Machine
-from cnnc.backends.cpu.segments import row_segments
+from cnnc.backends.cpu.segments import Segment, row_segments
 from cnnc.backends.cpu.window_shape import WindowShape
 from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.errors import VerifyError
@@ -45,13 +46,19 @@ def weight_shape(shape: WindowShape, group: int) -> tuple[int, ...]:
     return (shape.blocks, group, shape.kh, shape.kw, shape.block)
 
 
-def space(shape: WindowShape, machine: Machine) -> Iterator[DepthwiseParams]:
+def space(shape: WindowShape, group: int, machine: Machine) -> Iterator[DepthwiseParams]:
     """Give the tile sizes worth considering."""
-    most = (machine.registers - 2) // 2
     rows = sorted({-(-shape.oh // parts) for parts in (1, 2, 4, 8) if parts <= shape.oh})
-    for pixels in sorted({most, max(most * 2 // 3, 1), max(most // 2, 1)}):
-        for count in rows:
-            yield DepthwiseParams(pixels, count)
+    for pixels, count in product(_tile_widths(group, machine), rows):
+        yield DepthwiseParams(pixels, count)
+
+
+def _tile_widths(group: int, machine: Machine) -> list[int]:
+    if group == 1:
+        most = (machine.registers - 2) // 2
+        return sorted({most, max(most * 2 // 3, 1), max(most // 2, 1)})
+    most = max((p for p in range(1, machine.registers) if machine.fits(p, group)), default=1)
+    return sorted({max(most - fewer, 1) for fewer in range(3)})
 
 
 def cost(shape: WindowShape, group: int, params: DepthwiseParams, machine: Machine) -> float:
@@ -60,14 +67,16 @@ def cost(shape: WindowShape, group: int, params: DepthwiseParams, machine: Machi
     for segment in row_segments(
         shape.w, shape.ow, shape.kw, shape.stride[1], shape.pad[1], shape.dilation[1], params.pixels
     ):
-        tile = 8.0 + 0.5 * segment.pixels + 2.0 * shape.kh
-        for run in segment.runs:
-            products = (run.end - run.begin) * group * (1.0 if group == 1 else 1.25)
-            tile += shape.kh * (run.last - run.first) * max(products / machine.fma_ports, machine.fma_latency / 2)
+        tile = (
+            _tile_cycles(shape, segment, machine)
+            if group == 1
+            else _grouped_tile_cycles(shape, group, segment, machine)
+        )
         cycles += segment.count * tile
     row_blocks = -(-shape.oh // params.rows)
     slices = shape.n * shape.blocks * row_blocks
-    per_slice = cycles * params.rows + 40.0
+    turning = 0.0 if group == 1 else shape.kh * shape.kw * group * group
+    per_slice = cycles * params.rows + 40.0 + turning
     waves = -(-slices // machine.threads)
     halo = max(shape.kh - shape.stride[0], 0) / (params.rows * shape.stride[0])
     moved = 4.0 * shape.n * shape.blocks * shape.block * (shape.h * shape.w * (1 + 0.3 * halo) + shape.oh * shape.ow)
@@ -76,24 +85,38 @@ def cost(shape: WindowShape, group: int, params: DepthwiseParams, machine: Machi
     return max(per_slice * waves, far) * (1.0 + 0.01 * uneven) / machine.hertz
 
 
+def _tile_cycles(shape: WindowShape, segment: Segment, machine: Machine) -> float:
+    """Count the cycles of a tile of a depthwise convolution."""
+    cycles = 8.0 + 0.5 * segment.pixels + 2.0 * shape.kh
+    for run in segment.runs:
+        products = run.end - run.begin
+        cycles += shape.kh * (run.last - run.first) * max(products / machine.fma_ports, machine.fma_latency / 2)
+    return cycles
+
+
+def _grouped_tile_cycles(shape: WindowShape, group: int, segment: Segment, machine: Machine) -> float:
+    """Count the cycles of a tile whose pixels have a sum for each distance.
+
+    LLVM keeps the input of neighbouring kernel columns in registers, even where that makes it spill more than a few.
+    """
+    moves = (group - 1) * segment.pixels * 2 / machine.fma_ports
+    live = segment.pixels * (group + 1) + shape.kw - 1 + (group if segment.pixels >= group else 1)
+    cycles = 8.0 + moves + shape.kh * (2.0 + 2.0 * max(live - machine.registers - 2, 0))
+    for run in segment.runs:
+        pixels = run.end - run.begin
+        step = machine.tile_cycles(pixels, group) + machine.load_cycles * (pixels + group)
+        cycles += shape.kh * (run.last - run.first) * step
+    return cycles
+
+
 def build(shape: WindowShape, group: int, params: DepthwiseParams, body: Body) -> Any:
     """Make the kernel: a PrimFunc of the body's inputs and the output; the operands begin with x and weight."""
-    from tvm import tirx
-
-    from cnnc.backends.cpu import loops
+    from cnnc.backends.cpu.group_sums import sums_by_distance
     from cnnc.backends.cpu.windows import window_kernel
 
     bound = body.bind(shape.output_shape)
-    weight = bound.operands[1]
-
-    def step(total: Any, x: Any, channel: Any, row: Any, column: Any) -> Any:
-        for j in range(group):
-            taps = loops.widened(weight, channel, j, row, column, 0, lanes=shape.block)
-            lanes = [loops.const(lane // group * group + j) for lane in range(shape.block)]
-            total = total + (x if group == 1 else tirx.Shuffle([x], lanes)) * taps
-        return total
-
-    return window_kernel(shape, bound, params.pixels, params.rows, 0.0, step)
+    gather = sums_by_distance(bound.operands[1], group, shape)
+    return window_kernel(shape, bound, params.pixels, params.rows, gather)
 
 
 @dataclass(frozen=True)
@@ -108,8 +131,8 @@ class Depthwise:
 
     def space(self, kernel: Fused, target: Target) -> Iterable[Schedule]:
         """Give the tile sizes worth considering."""
-        _, shape, _ = _known(kernel, target)
-        return (schedule_of(self.name, params) for params in space(shape, machine_of(target)))
+        _, shape, group = _known(kernel, target)
+        return (schedule_of(self.name, params) for params in space(shape, group, machine_of(target)))
 
     def cost(self, kernel: Fused, schedule: Schedule, target: Target) -> float:
         """Estimate the seconds of a run."""

@@ -67,12 +67,12 @@ def cost(shape: WindowShape, params: PoolParams, machine: Machine) -> float:
 
 def build(shape: WindowShape, kind: PoolKind, params: PoolParams, body: Body) -> Any:
     """Make the kernel of sliding windows: a PrimFunc of the body's inputs and the output; the operand is x."""
-    from cnnc.backends.cpu.windows import window_kernel
+    from cnnc.backends.cpu.windows import Sums, window_kernel
 
     def step(total: Any, x: Any, *_: Any) -> Any:
         return _combine(kind, total, x)
 
-    return window_kernel(shape, body.bind(shape.output_shape), params.pixels, params.rows, _START[kind], step)
+    return window_kernel(shape, body.bind(shape.output_shape), params.pixels, params.rows, Sums(_START[kind], step))
 
 
 def build_global(shape: WindowShape, kind: PoolKind, body: Body) -> Any:

@@ -2,14 +2,15 @@
 
     y[n, c, h, w] = finish(step over r, s of x[n, c, h * stride + r * dilation - pad, ...])
 
-A register tile is a few neighbours in a row of one channel block.  Windows at the borders skip what is padding
-(see segments.py), so nothing is copied, and padding takes part in nothing.
+A register tile is a few neighbours in a row of one channel block, each with one sum or several (`Sums`).  Windows at
+the borders skip what is padding (see segments.py), so nothing is copied, and padding takes part in nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from tvm import tirx
 
@@ -19,17 +20,41 @@ from cnnc.backends.cpu.epilogue import finish
 from cnnc.backends.cpu.segments import Run, Segment, row_segments
 from cnnc.backends.cpu.window_shape import WindowShape
 
-__all__ = ["Step", "window_kernel"]
+__all__ = ["Step", "Sums", "Tap", "window_kernel"]
 
 
-Step = Callable[[Any, Any, Any, Any, Any], Any]
-"""(vector so far, input vector, channel block, kernel row, kernel column) -> vector."""
+class Tap(NamedTuple):
+    """Where a window meets the kernel: channel block, row and column of the kernel, and which of the pixel's sums."""
+
+    channel: Any
+    row: Any
+    column: Any
+    part: Any
 
 
-def window_kernel(shape: WindowShape, body: BoundBody, pixels: int, rows: int, start: float, step: Step) -> Any:
+Step = Callable[[Any, Any, Tap], Any]
+"""(vector so far, input vector, tap) -> vector."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a pixel gathers: `parts` vectors that begin as `start`, take in each input by `step`, and end as one.
+
+    `merge` makes one of them, given as expressions.  `prepare` gives statements that a slice begins with, for its
+    channel block.
+    """
+
+    start: float
+    step: Step
+    parts: int = 1
+    merge: Callable[[list[Any]], Any] = lambda totals: totals[0]
+    prepare: Callable[[Any], Any] = lambda channel: None
+
+
+def window_kernel(shape: WindowShape, body: BoundBody, pixels: int, rows: int, gather: Sums) -> Any:
     """Make the kernel: tiles of at most `pixels` outputs, slices of `rows` output rows of a channel block.
 
-    Sums begin as `start`; the first operand of the body is the input.
+    The first operand of the body is the input.
     """
     x, y = body.operands[0], body.output()
     segments = row_segments(shape.w, shape.ow, shape.kw, shape.stride[1], shape.pad[1], shape.dilation[1], pixels)
@@ -40,7 +65,8 @@ def window_kernel(shape: WindowShape, body: BoundBody, pixels: int, rows: int, s
         channel = index // row_blocks % shape.blocks
         first = index % row_blocks * rows
         count = rows if shape.oh % rows == 0 else tirx.min(loops.const(rows), shape.oh - first)
-        return loops.loop(count, lambda row: one_row(image, channel, first + row), "row")
+        lines = loops.loop(count, lambda row: one_row(image, channel, first + row), "row")
+        return loops.sequence(gather.prepare(channel), lines)
 
     def one_row(image: Any, channel: Any, row: Any) -> Any:
         def tiles(segment: Segment) -> Any:
@@ -52,42 +78,48 @@ def window_kernel(shape: WindowShape, body: BoundBody, pixels: int, rows: int, s
         return loops.sequence(*(tiles(segment) for segment in segments))
 
     def one_tile(image: Any, channel: Any, row: Any, column: Any, segment: Segment) -> Any:
-        sums = loops.buffer("sums", (segment.pixels, shape.block), scope="local")
-        initial = tirx.Broadcast(tirx.const(start, "float32"), shape.block)
+        sums = loops.buffer("sums", (gather.parts, segment.pixels, shape.block), scope="local")
+        initial = tirx.Broadcast(tirx.const(gather.start, "float32"), shape.block)
         top = row * shape.stride[0] - shape.pad[0]
 
         def kernel_row(tap: Any) -> Any:
             at = (image, channel, top + tap * shape.dilation[0])
             return loops.sequence(*(one_run(sums, at, tap, column, run) for run in segment.runs))
 
-        def clear(p: Any) -> Any:
-            return loops.store(sums, initial, p, 0, lanes=shape.block)
+        def clear(part: Any, p: Any) -> Any:
+            return loops.store(sums, initial, part, p, 0, lanes=shape.block)
+
+        def merge(p: Any) -> Any:
+            totals = [loops.load(sums, part, p, 0, lanes=shape.block) for part in range(gather.parts)]
+            return loops.store(sums, gather.merge(totals), 0, p, 0, lanes=shape.block)
 
         def at(place: tuple[int, ...], lane: Any) -> tuple[Any, ...]:
             return (image, channel, row, column + place[0], lane)
 
         def result(place: tuple[int, ...], lane: Any) -> Any:
-            return value(loops.load(sums, *place, lane), at(place, lane))
+            return value(loops.load(sums, 0, *place, lane), at(place, lane))
 
         def store(place: tuple[int, ...], lane: Any, value: Any) -> Any:
             return loops.store(y, value, *at(place, lane))
 
         return loops.sequence(
             loops.alloc(sums),
-            loops.unrolled(segment.pixels, clear, "p"),
+            _each(gather.parts, 0, segment.pixels, clear),
             _kernel_rows(shape, top, kernel_row) if segment.runs else None,
+            loops.unrolled(segment.pixels, merge, "p") if gather.parts > 1 else None,
             finish([(p,) for p in range(segment.pixels)], shape.block, result, store),
         )
 
     def one_run(sums: Any, at: tuple[Any, Any, Any], kernel_row: Any, column: Any, run: Run) -> Any:
-        def add(tap: Any, p: Any) -> Any:
+        def add(tap: Any, part: Any, p: Any) -> Any:
             source = (column + p) * shape.stride[1] - shape.pad[1] + tap * shape.dilation[1]
             value = loops.load(x, *at, source, 0, lanes=shape.block)
-            total = step(loops.load(sums, p, 0, lanes=shape.block), value, at[1], kernel_row, tap)
-            return loops.store(sums, total, p, 0, lanes=shape.block)
+            total = loops.load(sums, part, p, 0, lanes=shape.block)
+            total = gather.step(total, value, Tap(at[1], kernel_row, tap, part))
+            return loops.store(sums, total, part, p, 0, lanes=shape.block)
 
         def column_taps(tap: Any) -> Any:
-            return loops.unrolled(run.end - run.begin, lambda p: add(tap, p), "p", run.begin)
+            return _each(gather.parts, run.begin, run.end, lambda part, p: add(tap, part, p))
 
         make = loops.unrolled if run.last - run.first <= MOST_UNROLLED else loops.loop
         return make(run.last - run.first, column_taps, "kernel_column", run.first)
@@ -100,6 +132,17 @@ def window_kernel(shape: WindowShape, body: BoundBody, pixels: int, rows: int, s
         return value
 
     return loops.function([*body.inputs, y], loops.parallel(shape.n * shape.blocks * row_blocks, one_slice))
+
+
+def _each(parts: int, begin: int, end: int, statement: Callable[[Any, Any], Any]) -> Any:
+    """Write `statement(part, pixel)` for all of them; innermost the fewer, whose operands stay in registers."""
+
+    def pixels(body: Callable[[Any], Any]) -> Any:
+        return loops.unrolled(end - begin, body, "p", begin)
+
+    if parts > end - begin:
+        return loops.unrolled(parts, lambda part: pixels(lambda p: statement(part, p)), "part")
+    return pixels(lambda p: loops.unrolled(parts, lambda part: statement(part, p), "part"))
 
 
 MOST_UNROLLED = 7

@@ -39,6 +39,8 @@ _SMALLEST_NORMAL = 2.0**-126
 _TINY = -87.0
 
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+# e**r, relative error 5e-9 for |r| <= ln2 / 2 as rounded to float32.
+_EXP_SHORT = (1.3814286794e-3, 8.3687463775e-3, 4.1668396443e-2, 1.6666519642e-1, 4.9999994040e-1, 1.0, 1.0)
 _LOG = (
     *(7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1),
     *(-1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1),
@@ -111,12 +113,19 @@ def log1p(x: Any) -> Any:
 def sigmoid(x: Any) -> Any:
     """1 / (1 + e**-x) = 2**-64 / (2**-64 + 2**(n-64) * e**r) with -x = n ln2 + r; so scaled, nothing overflows."""
     tiny = _const(x, 2.0**-64)
+    # The bits of this sum with n end with those of n + 63, the exponent of 2**(n-64).
+    rounder = _ROUNDER + 63.0
 
-    def assemble(n: Any, r: Any) -> Any:
-        return tiny / ((_expm1_near_zero(r) + 1.0) * _power_of_two(n - 64) + tiny)
+    def assemble(a: Any, t: Any, n: Any) -> Any:
+        r = n * -_LN2_LO + (n * -_LN2_HI - a)
+        power = _as_float(_as_int(t) << _int_const(x, 23))
+        return _let(r, lambda r: tiny / (_polynomial(r, _EXP_SHORT) * power + tiny))
+
+    def split(a: Any) -> Any:
+        return _let(a * -_LOG2_E + rounder, lambda t: _let(t - rounder, lambda n: assemble(a, t, n)))
 
     # From 40 on the result is 1; below -104 it is 0.
-    return _reduce(-x, -40.0, 104.0, assemble)
+    return _let(_clamped(x, -104.0, 40.0), split)
 
 
 def tanh(x: Any) -> Any:
@@ -236,9 +245,14 @@ def _polynomial(x: Any, coefficients: Sequence[float]) -> Any:
 
 
 def _reduce(x: Any, low: float, high: float, then: Callable[[Any, Any], Any]) -> Any:
-    """Clamp x (NaN passes), split it into n ln2 + r, and give `then(n, r)`."""
+    """Clamp x, split it into n ln2 + r, and give `then(n, r)`."""
+    return _split(_clamped(x, low, high), then)
+
+
+def _clamped(x: Any, low: float, high: float) -> Any:
+    """Bring x to [low, high]; NaN passes."""
     above = tirx.Select(x > high, _const(x, high), x)
-    return _split(tirx.Select(x < low, _const(x, low), above), then)
+    return tirx.Select(x < low, _const(x, low), above)
 
 
 def _split(x: Any, then: Callable[[Any, Any], Any]) -> Any:

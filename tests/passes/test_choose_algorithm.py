@@ -82,6 +82,16 @@ def test_the_size_decides(channels, size, algorithm):
     assert cheapest(conv(image(1, channels, size, size), w, pad=1).node, TARGET, 64.0) == algorithm
 
 
+@pytest.mark.parametrize(
+    ("channels", "size", "algorithm"),
+    [(64, 56, "winograd4"), (128, 28, "winograd4"), (256, 14, "winograd2"), (512, 28, "winograd4"), (512, 7, "direct")],
+)
+def test_late_layers_read_fewer_weights_where_vectors_are_wide(channels, size, algorithm):
+    w = constant(np.zeros((channels, channels, 3, 3), np.float32))
+    target = Target.parse("cpu:x86-64-v4")
+    assert cheapest(conv(image(1, channels, size, size), w, pad=1).node, target, 64.0) == algorithm
+
+
 def test_only_what_winograd_takes(rng):
     x, w = image(1, 32, 28, 28), weights(rng, 32, 32, 3, 3)
     infinite = constant(np.full((32, 32, 3, 3), np.inf, np.float32))

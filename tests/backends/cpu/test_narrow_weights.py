@@ -220,14 +220,15 @@ def test_code_reads_16_bits(rng, name: str, stored: str):
     code = kernel_text(template(fused.schedule.template).build(fused, fused.schedule, V3), "kernel", V3, "s")
     assert re.search(WIDENS[stored], code)
     assert "call" not in re.findall(r"^\s+(\w+)", code, re.MULTILINE), "no function converts number by number"
-    # The binary holds each weight once, in 16 bits, and no kernel has anywhere to put a copy in 32.
+    # The binary holds each weight once, in 16 bits, and no kernel has anywhere to put a copy in 32; but a slice of few
+    # channels a group has room for the 3x3x4 numbers of its own 8, which it brings into another order.
     assert module.build is not None
     constants = [v for v in fused_inputs(narrow) if v.op.name == "constant"]
     placed = sum(-(-v.type.nbytes // 64) * 64 for v in constants)
     assert module.build.program.weight_bytes == placed
     assert any(v.dtype.itemsize == 2 for v in constants)
     if fused.schedule.template != "mat_mul":
-        assert module.build.program.scratch_bytes == 0
+        assert module.build.program.scratch_bytes == (4 * 3 * 3 * 4 * 8 if name == "small groups" else 0)
 
 
 def fused_inputs(graph: Graph) -> list[Value]:

@@ -55,7 +55,14 @@ def assert_close(shape: WindowShape, got: np.ndarray, wanted: np.ndarray) -> Non
     assert np.array_equal(blocks.pack(logical), got, equal_nan=True), "pad lanes must be 0"
 
 
-def check_depthwise(call_kernel: Any, shape: WindowShape, group: int, machine: Machine) -> None:
+def check_depthwise(
+    call_kernel: Any,
+    shape: WindowShape,
+    group: int,
+    machine: Machine,
+    params: depthwise.DepthwiseParams | None = None,
+) -> None:
+    """Compare a schedule, the cost model's choice by default, with sums in float64."""
     rng = np.random.default_rng(shape.h * 100 + group)
     x = rng.standard_normal((shape.n, shape.c, shape.h, shape.w), np.float32)
     w = rng.standard_normal((shape.c, group, shape.kh, shape.kw), np.float32)
@@ -66,7 +73,8 @@ def check_depthwise(call_kernel: Any, shape: WindowShape, group: int, machine: M
             for r, s, seen in windows_of(shape, x.astype(np.float64), row, column):
                 for j in range(group):
                     wanted[:, :, row, column] += seen[:, groups + j] * w[:, j, r, s]
-    params = min(depthwise.space(shape, machine), key=lambda p: depthwise.cost(shape, group, p, machine))
+    if params is None:
+        params = min(depthwise.space(shape, group, machine), key=lambda p: depthwise.cost(shape, group, p, machine))
     body = plain_body((shape.input_shape, depthwise.weight_shape(shape, group)), shape.output_shape)
     inputs = [Layout(f"NCHW{shape.block}c").pack(x), Layout(f"OIHW{shape.block}o").pack(w)]
     got = call_kernel(depthwise.build(shape, group, params, body), inputs, shape.output_shape, pieces=3)
@@ -79,10 +87,27 @@ def test_depthwise(call_kernel: Any, name: str, block: int) -> None:
     check_depthwise(call_kernel, with_block(name, block), 1, MACHINES[block])
 
 
-@pytest.mark.parametrize(("group", "block"), [(2, 8), (4, 8), (8, 8), (2, 16), (8, 16), (16, 16)])
-@pytest.mark.parametrize("name", ["3x3", "asymmetric", "dilated"])
+GROUPED = ["3x3", "3x3, stride 2, batch of 2", "5x5, stride 2", "9x9", "no padding", "asymmetric", "dilated"]
+GROUPED += ["stride above kernel", "one pixel"]
+
+
+@pytest.mark.parametrize(("group", "block"), [(2, 8), (4, 8), (8, 8), (2, 16), (4, 16), (8, 16), (16, 16)])
+@pytest.mark.parametrize("name", GROUPED)
 def test_small_groups(call_kernel: Any, name: str, group: int, block: int) -> None:
     check_depthwise(call_kernel, with_block(name, block), group, MACHINES[block])
+
+
+@pytest.mark.parametrize("group", [2, 4, 8])
+def test_groups_that_do_not_fill_a_block(call_kernel: Any, group: int) -> None:
+    shape = WindowShape(1, 24, 7, 9, 7, 9, 3, 3, pad=(1, 1), block=16)
+    check_depthwise(call_kernel, shape, group, AVX512)
+
+
+@pytest.mark.parametrize(("group", "block"), [(2, 8), (4, 8), (4, 16), (8, 16)])
+def test_every_tile_of_groups(call_kernel: Any, group: int, block: int) -> None:
+    shape, machine = with_block("5x5, stride 2", block), MACHINES[block]
+    for params in depthwise.space(shape, group, machine):
+        check_depthwise(call_kernel, shape, group, machine, params)
 
 
 REDUCE = {"max": np.max, "min": np.min, "sum": np.sum}
