@@ -1,4 +1,4 @@
-"""The kernels of a graph as cubins with their launches: from the cache, or compiled, several at a time."""
+"""The kernels of a graph as fat binaries with their launches: from the cache, or compiled, several at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 
 from cnnc.backends.cache import DiskCache
 from cnnc.backends.cuda.codegen import CudaSource, Launch, cuda_source
-from cnnc.backends.cuda.nvcc import FLAGS, Cubin, Usage, compile_cubin, nvcc_version
+from cnnc.backends.cuda.nvcc import FLAGS, Fatbin, Usage, compile_fatbin, nvcc_version
 from cnnc.backends.cuda.templates import template
 from cnnc.backends.load_tvm import load_tvm
 from cnnc.backends.lower.identity import kernel_key
@@ -84,8 +84,8 @@ def kernel_source(symbol: str, kernel: Fused, target: Target) -> CudaSource:
 
 def compiled(source: CudaSource, target: Target) -> CudaKernel:
     """Compile a source."""
-    cubin = compile_cubin(source, target) if source.launches else Cubin(b"", ())
-    return CudaKernel(source.symbol, cubin.code, source.launches, source.scratch_bytes, cubin.usage)
+    fatbin = compile_fatbin(source, target) if source.launches else Fatbin(b"", ())
+    return CudaKernel(source.symbol, fatbin.code, source.launches, source.scratch_bytes, fatbin.usage)
 
 
 def _key(job: KernelJob) -> str:
