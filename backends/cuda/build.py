@@ -41,6 +41,8 @@ def build(
 
     device = DeviceCode(target.arch, tuple(modules.values()), is_portable(target.arch))
     scratch_bytes = max((kernel.scratch_bytes for kernel in kernels.values()), default=0)
+    described = {symbol: kernel.describe() for symbol, kernel in sorted(kernels.items())}
+    network = replace(network, meta={**network.meta, "launches": described})
     program = network.program(calls_of, scratch_bytes, device)
     return Build(tuple(network.graphs), program, (), compiled, len(kernels) - compiled)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,9 @@ from cnnc.ops.fused import Fused
 from cnnc.passes.plan_memory import is_elementwise
 from cnnc.target import Target
 
+_MULTIPLY = re.compile(r"\b(mma\.sync|wgmma\.mma_async)\b")
+"""The instructions of tensor cores."""
+
 MOST_AT_ONCE = 8
 """Runs of nvcc at one time: each takes some hundred megabytes."""
 
@@ -33,6 +37,21 @@ class CudaKernel:
     launches: tuple[Launch, ...]
     scratch_bytes: int
     usage: tuple[Usage, ...]
+    tensor_cores: bool = False
+
+    def describe(self) -> list[dict[str, object]]:
+        """Tell how each launch is shaped and what it needs, for the binary's meta data."""
+        known = {usage.function: usage for usage in self.usage}
+        return [
+            {
+                **asdict(known[launch.function]),
+                "shared_bytes": known[launch.function].shared_bytes + launch.shared_bytes,
+                "grid": launch.grid,
+                "block": launch.block,
+                "tensor_cores": self.tensor_cores,
+            }
+            for launch in self.launches
+        ]
 
 
 @dataclass(frozen=True)
@@ -85,7 +104,8 @@ def kernel_source(symbol: str, kernel: Fused, target: Target) -> CudaSource:
 def compiled(source: CudaSource, target: Target) -> CudaKernel:
     """Compile a source."""
     fatbin = compile_fatbin(source, target) if source.launches else Fatbin(b"", ())
-    return CudaKernel(source.symbol, fatbin.code, source.launches, source.scratch_bytes, fatbin.usage)
+    tensor_cores = _MULTIPLY.search(source.text) is not None
+    return CudaKernel(source.symbol, fatbin.code, source.launches, source.scratch_bytes, fatbin.usage, tensor_cores)
 
 
 def _key(job: KernelJob) -> str:
@@ -109,6 +129,7 @@ def _decode(content: bytes | None) -> CudaKernel | None:
         tuple(_launch(launch) for launch in header["launches"]),
         int(header["scratch_bytes"]),
         tuple(Usage(**usage) for usage in header["usage"]),
+        bool(header["tensor_cores"]),
     )
 
 

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from cnnc.backends.cuda.codegen import CudaSource
+from cnnc.backends.cuda.machine import GPUS
 from cnnc.backends.host.toolchain import run_tool, work_folder
 from cnnc.errors import EnvironmentProblem, VerifyError
 from cnnc.target import Target
@@ -18,9 +19,6 @@ CURE = "pip install nvidia-cuda-nvcc nvidia-cuda-cccl, or put the nvcc of NVIDIA
 
 FLAGS = ("-fatbin", "-O3", "-std=c++17", "-w", "-Xptxas", "-v")
 """No fast math: divisions, roots and denormals are IEEE's, as on a CPU."""
-
-MOST_SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10}
-"""Shared memory a block may have, by the CUDA programming guide's table of compute capabilities."""
 
 _WHEEL_FOLDERS = ("cu13/bin", "cuda_nvcc/bin")
 """Where the packages nvidia-cuda-nvcc put it, below the package `nvidia`."""
@@ -122,5 +120,5 @@ def _check(source: CudaSource, usage: tuple[Usage, ...], target: Target) -> None
         if launch.function not in known:
             raise VerifyError(f"kernel {source.symbol}: nvcc made no {launch.function}, only {sorted(known)}")
         shared = known[launch.function].shared_bytes + launch.shared_bytes
-        if shared > MOST_SHARED_BYTES[target.arch]:
+        if shared > GPUS[target.arch].most_shared_bytes:
             raise VerifyError(f"{launch.function}: {shared} bytes of shared memory are more than {target} has")

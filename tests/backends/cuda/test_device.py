@@ -14,7 +14,8 @@ from cnnc.backends.host.gpu import cuda_driver
 from cnnc.frontends.dsl import Network, load_network
 from cnnc.ir.interp import evaluate, run
 from cnnc.ir.types import DType
-from tests.ops.test_examples import NAMES, TOLERANCE, assert_close, buildable, draw, examples, graph_of, rng_for
+from cnnc.ops.example_graph import TOLERANCE, buildable_examples, draw, graph_of, operator_names, rng_for
+from tests.ops.test_examples import assert_close
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -34,10 +35,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", operator_names())
 def test_every_operator(name: str) -> None:
     """All examples of an operator in one model."""
-    chosen = [e for e in examples(name) if buildable(e)]
+    chosen = buildable_examples(name)
     graph = graph_of(chosen)
     inputs = [a for number, e in enumerate(chosen) for a in draw(e, rng_for(name, 4000 + number))]
     results = cnnc.compile(graph, target=str(TARGET)).run(dict(zip(graph.input_names, inputs, strict=True)))
