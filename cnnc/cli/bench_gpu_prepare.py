@@ -121,5 +121,5 @@ def chosen_operators(text: str) -> list[str]:
     chosen = text.split(",")
     for name in chosen:
         if name not in known:
-            raise UsageError(f"--operators {name!r} is not known; `cnnc ops` lists them")
+            raise UsageError(f"--operators {name!r} is not known; use all, none or some of {', '.join(known)}")
     return chosen
