@@ -41,6 +41,6 @@ class DeviceCode:
 
     @property
     def capability(self) -> tuple[int, int]:
-        """The compute capability: (9, 0) for `sm_90`."""
-        digits = self.arch.removeprefix("sm_")
+        """The compute capability: (9, 0) for `sm_90`, and for `sm_90a`, which has what no later one has."""
+        digits = self.arch.removeprefix("sm_").rstrip("a")
         return int(digits[:-1]), int(digits[-1])

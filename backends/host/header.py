@@ -162,10 +162,11 @@ int {p}_run_batch_async({p}_context *context, int batch, const void *const *inpu
 
 _IN_PLACE = "Data aligned to 64 bytes is used in place, other data is copied."
 _ON_GPU = """\
-The kernels run on the first GPU, which must be {gpus};
- * CUDA's driver is loaded when the first context is made (the object needs -ldl too).  Each input and output may
- * be in memory of the host or of the GPU: they are copied to the context's own memory and back.  The number of threads
- * changes nothing."""
+The kernels run on the first GPU: one of compute capability {capability}
+ * or of a higher one with the same first digit{newer}.  CUDA's
+ * driver is loaded when the first context is made (the object needs -ldl too).  Each input and output may be in memory
+ * of the host or of the GPU: they are copied to the context's own memory and back.  The number of threads changes
+ * nothing."""
 
 
 def emit_header(program: Program) -> str:
@@ -181,7 +182,7 @@ def emit_header(program: Program) -> str:
     return _TEMPLATE.format(
         p=prefix,
         title=_harmless(program.name),
-        memory=_IN_PLACE if program.device is None else _ON_GPU.format(gpus=_gpus(program.device)),
+        memory=_memory(program.device),
         guard=f"CNNC_{prefix}_H",
         abi=ABI,
         ports="\n".join(f" * {line}" for line in ports) or " * no inputs, no outputs",
@@ -196,10 +197,13 @@ def emit_header(program: Program) -> str:
     )
 
 
-def _gpus(device: DeviceCode) -> str:
-    """Say which GPUs run machine code, and PTX if there is some."""
-    same = f"of compute capability {device.arch[3:-1]}.{device.arch[-1]} or a higher one of the same first digit"
-    return f"{same},\n * or a newer one, whose driver compiles the kernels once" if device.portable else same
+def _memory(device: DeviceCode | None) -> str:
+    """Say where kernels run, and where inputs and outputs may be."""
+    if device is None:
+        return _IN_PLACE
+    major, minor = device.capability
+    newer = ", or a newer one, whose driver compiles the kernels once" if device.portable else ""
+    return _ON_GPU.format(capability=f"{major}.{minor}", newer=newer)
 
 
 def _batch_functions(program: Program) -> str:

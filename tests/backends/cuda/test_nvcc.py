@@ -17,6 +17,7 @@ from cnnc.backends.cuda import nvcc
 from cnnc.backends.cuda.generic import Generic
 from cnnc.backends.cuda.kernels import compiled, kernel_job
 from cnnc.backends.cuda.nvcc import Usage, find_nvcc, read_usage
+from cnnc.backends.host.device import DeviceCode
 from cnnc.driver import Report
 from cnnc.errors import EnvironmentProblem
 from cnnc.frontends.dsl import load_network
@@ -59,6 +60,12 @@ def test_reads_what_ptxas_says() -> None:
     assert read_usage("ptxas info    : 0 bytes gmem\n") == ()
     with pytest.raises(EnvironmentProblem, match="ptxas does not say what x needs"):
         read_usage("Compiling entry function 'x' for 'sm_90'\n")
+
+
+def test_what_only_one_architecture_has_is_not_portable() -> None:
+    assert nvcc.is_portable("sm_90")
+    assert not nvcc.is_portable("sm_90a")
+    assert DeviceCode("sm_90a", ()).capability == DeviceCode("sm_90", ()).capability == (9, 0)
 
 
 @pytest.fixture
