@@ -21,7 +21,7 @@ from cnnc.errors import EnvironmentProblem
 RUNTIME = Path(__file__).resolve().parent / "runtime"
 _SHARED_SOURCES = ("context.c", "cpu.c", "info.c", "pool.c")
 LIBRARY_SOURCES = (*_SHARED_SOURCES, "cpu_context.c")
-DEVICE_SOURCES = (*_SHARED_SOURCES, "cuda_context.c", "cuda_device.c", "cuda_library.c")
+DEVICE_SOURCES = (*_SHARED_SOURCES, "cuda_context.c", "cuda_run.c", "cuda_device.c", "cuda_library.c")
 PROGRAM_SOURCES = ("main.c", "npy.c", "picture.c", "png.c", "jpeg.c")
 FLAGS = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off")
 _NO_COMPILER = "no C compiler found: install gcc or clang (Debian, Ubuntu: apt install gcc), or set CC to one"

@@ -64,27 +64,32 @@ def command(
     driver = cuda_driver()
     names = _chosen("--peers", peers, PEERS)
     if prepare is None:
-        driver = _require_gpu(driver)
-    wanted = Target.parse(target or _native_target(driver))
-    if not wanted.is_gpu:
-        raise UsageError(f"--target {wanted} is no GPU; use cuda:ARCH")
-    batches = (batch,) if isinstance(batch, int) else batch
+        _require_gpu(driver)
+
+    def build(folder: Path) -> Manifest:
+        made_for = Target.parse(target or _native_target(driver))
+        if not made_for.is_gpu:
+            raise UsageError(f"--target {made_for} is no GPU; use cuda:ARCH")
+        dtypes = _chosen("--dtype", dtype, DTYPES)
+        batches = (batch,) if isinstance(batch, int) else batch
+        chosen = Preparation(models or default_models(), chosen_operators(operators), dtypes, batches, str(made_for))
+        with Phases() as phases:
+            return chosen.make(folder, lambda done, total: phases("prepare", done, total))
+
+    if prepare is not None:
+        manifest = build(prepare)
+        click.echo(f"{len(manifest.jobs)} artifacts for {manifest.target} in {prepare}")
+        click.echo(f"on a machine with a GPU: cnnc bench-gpu --from {prepare}")
+        return 0
     with tempfile.TemporaryDirectory(prefix="cnnc-bench-gpu-") as temporary:
-        folder = prepare or source or Path(temporary)
-        if source is None:
-            dtypes = _chosen("--dtype", dtype, DTYPES)
-            chosen = Preparation(models or default_models(), chosen_operators(operators), dtypes, batches, str(wanted))
-            with Phases() as phases:
-                manifest = chosen.make(folder, lambda done, total: phases("prepare", done, total))
-        else:
-            manifest = Manifest.read(folder)
-        if prepare is not None:
-            click.echo(f"{len(manifest.jobs)} artifacts for {manifest.target} in {folder}")
-            click.echo(f"on a machine with a GPU: cnnc bench-gpu --from {folder}")
-            return 0
-        assert driver is not None
+        folder = source or Path(temporary)
+        manifest = Manifest.read(folder) if source else build(folder)
         results = list(_run_all(folder, manifest, names, seconds, timeout))
-    report = _report(driver, manifest, results)
+    return _finish(_report(_require_gpu(driver), manifest, results), out)
+
+
+def _finish(report: dict[str, Any], out: Path) -> int:
+    """Write and print the report; gives the exit code."""
     publish(out, json.dumps(report, indent=1).encode() + b"\n")
     _print(report, out)
     return 1 if report["wrong"] else 0
@@ -109,7 +114,6 @@ def _require_gpu(driver: Driver | None) -> Driver:
 
 
 def _native_target(driver: Driver | None) -> str:
-    """Give the target for the first GPU; for one that is newer than all targets the highest, as it runs its PTX."""
     native = driver.gpus[0].target if driver is not None and driver.gpus else None
     return native or "cuda:sm_90"
 

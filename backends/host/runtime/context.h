@@ -1,5 +1,5 @@
 /* Contexts: what context.c does with them on any machine, and what a machine keeps for each (cpu_context.c for kernels on
- * a CPU, cuda_context.c on a GPU; one of them is in each binary). */
+ * a CPU, cuda_context.c and cuda_run.c on a GPU; one of them is in each binary). */
 #ifndef CNNC_RT_CONTEXT_H
 #define CNNC_RT_CONTEXT_H
 

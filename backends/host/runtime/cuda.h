@@ -131,7 +131,7 @@ typedef struct cnnc_rt_cuda {
     } \
   } while (0)
 
-/* cuda_context.c: puts a run into a stream (CUstream), and waits for all that were put. */
+/* cuda_run.c: puts a run into a stream (CUstream), and waits for all that were put. */
 int cnnc_rt_run_async(cnnc_rt_context *context, const void *const *inputs, void *const *outputs, void *stream);
 int cnnc_rt_run_batch_async(cnnc_rt_context *context, int batch, const void *const *inputs, void *const *outputs,
                             void *stream);
