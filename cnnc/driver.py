@@ -256,8 +256,6 @@ def lower(graphs: Sequence[Graph], options: Options, report: Report) -> Lowered:
 
 
 def _refuse_what_gpus_lack(options: Options, target: Target) -> None:
-    if len(options.batches) > 1:
-        raise UnsupportedError(f"{target}: a binary for a GPU has one batch size; compile one for each")
     if options.weights != "f32":
         raise UnsupportedError(f"{target}: weights in {options.weights} are for CPUs; leave out --weights")
 

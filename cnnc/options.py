@@ -11,6 +11,9 @@ GIB = 1 << 30
 LEVELS = (0, 1, 2, 3)
 """The optimisation levels; `passes/pipeline.py` says what each does."""
 
+DTYPES = ("f32",)
+"""The types that convolutions and products of matrices may multiply in; they add up in f32."""
+
 
 @dataclass(frozen=True)
 class Limits:

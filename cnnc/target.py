@@ -34,7 +34,10 @@ CPUS: dict[str, tuple[str, ...]] = {
 """The CPUs code can be made for, by LLVM name, each with the features its code may use."""
 
 CUDA_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90")
-"""The CUDA architectures code can be made for; a GPU also runs code for a lower one of the same first digit."""
+"""The CUDA architectures code can be made for, in order.
+
+A GPU also runs machine code for a lower one of the same first digit, and PTX, which its driver compiles, for any lower.
+"""
 
 _FLAG_OF_FEATURE = {
     "sse3": "pni",

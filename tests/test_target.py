@@ -46,7 +46,6 @@ def test_refuses_what_it_does_not_know(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch": (1, 2)}, "cuda:sm_90: a binary for a GPU has one batch size; compile one for each"),
         ({"weights": "f16"}, "cuda:sm_90: weights in f16 are for CPUs; leave out --weights"),
     ],
 )

@@ -8,6 +8,7 @@ from dataclasses import replace
 from cnnc.backends.cache import DiskCache
 from cnnc.backends.cuda.index_check import check_job
 from cnnc.backends.cuda.kernels import CudaKernel, compile_kernels, kernel_job
+from cnnc.backends.cuda.nvcc import is_portable
 from cnnc.backends.host.device import DeviceCode, DeviceLaunch
 from cnnc.backends.host.program import KernelCall, Slot
 from cnnc.backends.lower.build import Build, Scheduled, Slots, check_call, fused_of, kernel_call
@@ -38,10 +39,11 @@ def build(
             yield _launched(replace(check, args=(*check.args, Slot("status", 0))), kernels, numbers)
         yield _launched(kernel_call(node, symbols[node], slots), kernels, numbers)
 
+    device = DeviceCode(target.arch, tuple(modules.values()), is_portable(target.arch))
     scratch_bytes = max((kernel.scratch_bytes for kernel in kernels.values()), default=0)
-    program = network.program(
-        network.memory(), calls_of, scratch_bytes, DeviceCode(target.arch, tuple(modules.values()))
-    )
+    described = {symbol: kernel.describe() for symbol, kernel in sorted(kernels.items())}
+    network = replace(network, meta={**network.meta, "launches": described})
+    program = network.program(network.memory(), calls_of, scratch_bytes, device)
     return Build(tuple(network.graphs), program, (), compiled, len(kernels) - compiled)
 
 

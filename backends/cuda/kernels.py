@@ -1,17 +1,18 @@
-"""The kernels of a graph as cubins with their launches: from the cache, or compiled, several at a time."""
+"""The kernels of a graph as fat binaries with their launches: from the cache, or compiled, several at a time."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 from cnnc.backends.cache import DiskCache
 from cnnc.backends.cuda.codegen import CudaSource, Launch, cuda_source
-from cnnc.backends.cuda.nvcc import FLAGS, Cubin, Usage, compile_cubin, nvcc_version
+from cnnc.backends.cuda.nvcc import FLAGS, Fatbin, Usage, compile_fatbin, nvcc_version
 from cnnc.backends.cuda.templates import template
 from cnnc.backends.load_tvm import load_tvm
 from cnnc.backends.lower.identity import kernel_key
@@ -19,6 +20,9 @@ from cnnc.errors import VerifyError
 from cnnc.ops.fused import Fused
 from cnnc.passes.plan_memory import is_elementwise
 from cnnc.target import Target
+
+_MULTIPLY = re.compile(r"\b(mma\.sync|wgmma\.mma_async)\b")
+"""The instructions of tensor cores."""
 
 MOST_AT_ONCE = 8
 """Runs of nvcc at one time: each takes some hundred megabytes."""
@@ -33,6 +37,21 @@ class CudaKernel:
     launches: tuple[Launch, ...]
     scratch_bytes: int
     usage: tuple[Usage, ...]
+    tensor_cores: bool = False
+
+    def describe(self) -> list[dict[str, object]]:
+        """Tell how each launch is shaped and what it needs, for the binary's meta data."""
+        known = {usage.function: usage for usage in self.usage}
+        return [
+            {
+                **asdict(known[launch.function]),
+                "shared_bytes": known[launch.function].shared_bytes + launch.shared_bytes,
+                "grid": launch.grid,
+                "block": launch.block,
+                "tensor_cores": self.tensor_cores,
+            }
+            for launch in self.launches
+        ]
 
 
 @dataclass(frozen=True)
@@ -84,8 +103,9 @@ def kernel_source(symbol: str, kernel: Fused, target: Target) -> CudaSource:
 
 def compiled(source: CudaSource, target: Target) -> CudaKernel:
     """Compile a source."""
-    cubin = compile_cubin(source, target) if source.launches else Cubin(b"", ())
-    return CudaKernel(source.symbol, cubin.code, source.launches, source.scratch_bytes, cubin.usage)
+    fatbin = compile_fatbin(source, target) if source.launches else Fatbin(b"", ())
+    tensor_cores = _MULTIPLY.search(source.text) is not None
+    return CudaKernel(source.symbol, fatbin.code, source.launches, source.scratch_bytes, fatbin.usage, tensor_cores)
 
 
 def _key(job: KernelJob) -> str:
@@ -109,6 +129,7 @@ def _decode(content: bytes | None) -> CudaKernel | None:
         tuple(_launch(launch) for launch in header["launches"]),
         int(header["scratch_bytes"]),
         tuple(Usage(**usage) for usage in header["usage"]),
+        bool(header["tensor_cores"]),
     )
 
 

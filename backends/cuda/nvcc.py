@@ -1,4 +1,4 @@
-"""nvcc: where it is, and from CUDA source to a cubin with what ptxas says of it."""
+"""nvcc: where it is, and from CUDA source to a fat binary with what ptxas says of it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from functools import cache
 from pathlib import Path
 
 from cnnc.backends.cuda.codegen import CudaSource
+from cnnc.backends.cuda.machine import GPUS
 from cnnc.backends.host.toolchain import run_tool, work_folder
 from cnnc.errors import EnvironmentProblem, VerifyError
 from cnnc.target import Target
 
 CURE = "pip install nvidia-cuda-nvcc nvidia-cuda-cccl, or put the nvcc of NVIDIA's CUDA toolkit on PATH"
 
-FLAGS = ("-cubin", "-O3", "-std=c++17", "-w", "-Xptxas", "-v")
+FLAGS = ("-fatbin", "-O3", "-std=c++17", "-w", "-Xptxas", "-v")
 """No fast math: divisions, roots and denormals are IEEE's, as on a CPU."""
-
-MOST_SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10}
-"""Shared memory a block may have, by the CUDA programming guide's table of compute capabilities."""
 
 _WHEEL_FOLDERS = ("cu13/bin", "cuda_nvcc/bin")
 """Where the packages nvidia-cuda-nvcc put it, below the package `nvidia`."""
@@ -43,8 +41,8 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Cubin:
-    """Machine code of one kernel, with what each of its functions needs."""
+class Fatbin:
+    """Machine code of one kernel, with PTX where a newer GPU can run it, and what each of its functions needs."""
 
     code: bytes
     usage: tuple[Usage, ...]
@@ -78,20 +76,27 @@ def _in_wheel() -> str | None:
     return None
 
 
-def compile_cubin(source: CudaSource, target: Target) -> Cubin:
-    """Compile a kernel for the target's architecture.
+def is_portable(arch: str) -> bool:
+    """Whether what is compiled for an architecture runs on all newer ones as PTX: not with the features of `sm_90a`."""
+    return arch[-1].isdigit()
+
+
+def compile_fatbin(source: CudaSource, target: Target) -> Fatbin:
+    """Compile a kernel for the target's architecture, to PTX too for GPUs that are newer than any we know.
 
     Raises `EnvironmentProblem` where nvcc fails or is missing, and `VerifyError` for code no GPU of the target could
     launch.
     """
     with work_folder() as folder:
         (folder / "kernel.cu").write_text(source.text)
-        command = [find_nvcc(), *FLAGS, f"-arch={target.arch}", "-o", "kernel.cubin", "kernel.cu"]
-        said = run_tool(command, folder, both=True)
-        code = (folder / "kernel.cubin").read_bytes()
+        virtual = target.arch.replace("sm_", "compute_")
+        codes = f"{target.arch},{virtual}" if is_portable(target.arch) else target.arch
+        make = ["-gencode", f"arch={virtual},code=[{codes}]", "-o", "kernel.fatbin", "kernel.cu"]
+        said = run_tool([find_nvcc(), *FLAGS, *make], folder, both=True)
+        code = (folder / "kernel.fatbin").read_bytes()
     usage = read_usage(said)
     _check(source, usage, target)
-    return Cubin(code, usage)
+    return Fatbin(code, usage)
 
 
 def read_usage(said: str) -> tuple[Usage, ...]:
@@ -115,5 +120,5 @@ def _check(source: CudaSource, usage: tuple[Usage, ...], target: Target) -> None
         if launch.function not in known:
             raise VerifyError(f"kernel {source.symbol}: nvcc made no {launch.function}, only {sorted(known)}")
         shared = known[launch.function].shared_bytes + launch.shared_bytes
-        if shared > MOST_SHARED_BYTES[target.arch]:
+        if shared > GPUS[target.arch].most_shared_bytes:
             raise VerifyError(f"{launch.function}: {shared} bytes of shared memory are more than {target} has")

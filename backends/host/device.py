@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cnnc.backends.host.program import Slot
 
-CUBIN_ALIGNMENT = 64
+MODULE_ALIGNMENT = 64
 """Bytes each module in a binary is aligned to."""
 
 
@@ -30,13 +30,17 @@ class DeviceLaunch:
 
 @dataclass(frozen=True)
 class DeviceCode:
-    """Modules (cubins) for GPUs of an architecture, `sm_90`."""
+    """Modules (fat binaries) with machine code for GPUs of an architecture, `sm_90`.
+
+    With `portable` they have PTX too, which the driver of a newer GPU compiles for it.
+    """
 
     arch: str
     modules: tuple[bytes, ...] = field(repr=False)
+    portable: bool = False
 
     @property
     def capability(self) -> tuple[int, int]:
-        """The compute capability: (9, 0) for `sm_90`."""
-        digits = self.arch.removeprefix("sm_")
+        """The compute capability: (9, 0) for `sm_90`, and for `sm_90a`, which has what no later one has."""
+        digits = self.arch.removeprefix("sm_").rstrip("a")
         return int(digits[:-1]), int(digits[-1])

@@ -7,10 +7,10 @@ from typing import Protocol
 
 from llvmlite import ir
 
-from cnnc.backends.host.device import CUBIN_ALIGNMENT, DeviceCode, DeviceLaunch
-from cnnc.backends.host.program import KernelCall, Slot
+from cnnc.backends.host.device import MODULE_ALIGNMENT, DeviceCode, DeviceLaunch
+from cnnc.backends.host.program import Slot, Variant
 
-CUBINS_SYMBOL = "cnnc_rt_cubins"
+MODULES_SYMBOL = "cnnc_rt_modules"
 """All modules one after the other, each aligned; an object of its own."""
 
 SPACES = ("input", "output", "weights", "arena", "scratch", "status")
@@ -21,7 +21,7 @@ _I64 = ir.IntType(64)
 _PTR = ir.PointerType()
 _SIZES = ir.ArrayType(_I32, 3)
 _ARGUMENT = ir.LiteralStructType([_I64, _I32])
-_LAUNCH = ir.LiteralStructType([_PTR, _PTR, _I32, _I32, _I32, _SIZES, _SIZES, _I32])
+_LAUNCH = ir.LiteralStructType([_PTR, _PTR, _I32, _I32, _I32, _I32, _SIZES, _SIZES, _I32])
 
 
 class Tables(Protocol):
@@ -38,18 +38,28 @@ class Tables(Protocol):
         """Give an array, or a null pointer for none."""
 
 
-def describe_device(tables: Tables, device: DeviceCode, calls: Sequence[KernelCall]) -> None:
+def describe_device(tables: Tables, device: DeviceCode, variants: Sequence[Variant]) -> None:
     """Add `cnnc_rt_the_device`; its fields are in the order of `cnnc_rt_device`."""
-    launches = [(number, launch) for number, call in enumerate(calls) for launch in call.launches]
+    launches: list[ir.Constant] = []
+    first_launches = [0]
+    argument_count = 0
+    for variant in variants:
+        for number, call in enumerate(variant.calls):
+            for launch in call.launches:
+                launches.append(_launch(tables, launch, number, argument_count))
+                argument_count += len(launch.args)
+        first_launches.append(len(launches))
     major, minor = device.capability
     fields: list[ir.Constant] = [
         tables.array(_PTR, _modules(tables.module, device), "modules"),
-        tables.array(_LAUNCH, [_launch(tables, *launch) for launch in launches], "launches"),
+        tables.array(_LAUNCH, launches, "launches"),
+        tables.array(_I32, [_I32(number) for number in first_launches], "first_launches"),
         _I32(len(device.modules)),
         _I32(len(launches)),
-        _I32(sum(len(launch.args) for _, launch in launches)),
+        _I32(argument_count),
         _I32(major),
         _I32(minor),
+        _I32(int(device.portable)),
     ]
     kind = ir.LiteralStructType([value.type for value in fields])
     described = ir.GlobalVariable(tables.module, kind, "cnnc_rt_the_device")
@@ -57,23 +67,23 @@ def describe_device(tables: Tables, device: DeviceCode, calls: Sequence[KernelCa
     described.initializer = ir.Constant(kind, fields)
 
 
-def cubin_pieces(device: DeviceCode) -> list[bytes]:
-    """Give all modules as they lie behind `CUBINS_SYMBOL`."""
-    return [piece for module in device.modules for piece in (module, bytes(-len(module) % CUBIN_ALIGNMENT))]
+def module_pieces(device: DeviceCode) -> list[bytes]:
+    """Give all modules as they lie behind `MODULES_SYMBOL`."""
+    return [piece for module in device.modules for piece in (module, bytes(-len(module) % MODULE_ALIGNMENT))]
 
 
 def _modules(module: ir.Module, device: DeviceCode) -> list[ir.Constant]:
     if not device.modules:
         return []
-    blob = ir.GlobalVariable(module, ir.IntType(8), CUBINS_SYMBOL)
+    blob = ir.GlobalVariable(module, ir.IntType(8), MODULES_SYMBOL)
     starts, at = [], 0
-    for cubin in device.modules:
+    for content in device.modules:
         starts.append(blob.gep([_I64(at)]))
-        at += -(-len(cubin) // CUBIN_ALIGNMENT) * CUBIN_ALIGNMENT
+        at += -(-len(content) // MODULE_ALIGNMENT) * MODULE_ALIGNMENT
     return starts
 
 
-def _launch(tables: Tables, call: int, launch: DeviceLaunch) -> ir.Constant:
+def _launch(tables: Tables, launch: DeviceLaunch, call: int, first_argument: int) -> ir.Constant:
     arguments = [_argument(slot) for slot in launch.args]
     fields = [
         tables.text(launch.function),
@@ -81,6 +91,7 @@ def _launch(tables: Tables, call: int, launch: DeviceLaunch) -> ir.Constant:
         _I32(len(arguments)),
         _I32(launch.module),
         _I32(call),
+        _I32(first_argument),
         ir.Constant(_SIZES, [_I32(size) for size in launch.grid]),
         ir.Constant(_SIZES, [_I32(size) for size in launch.block]),
         _I32(launch.shared_bytes),

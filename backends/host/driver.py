@@ -56,7 +56,15 @@ _BATCH_EXPORTS: dict[str, tuple[str, ir.Type, list[ir.Type]]] = {
     "batch_output": ("cnnc_rt_batch_output", _PTR, [_I32, _I32]),
     "run_batch": ("cnnc_rt_run_batch", _I32, [_PTR, _I32, _PTR, _PTR]),
 }
-SUFFIXES = (*_EXPORTS, *_BATCH_EXPORTS)
+# What a binary for GPUs has besides; the latter for several batch sizes.
+_STREAM_EXPORTS: dict[str, tuple[str, ir.Type, list[ir.Type]]] = {
+    "run_async": ("cnnc_rt_run_async", _I32, [_PTR, _PTR, _PTR, _PTR]),
+    "wait": ("cnnc_rt_wait", _I32, [_PTR]),
+}
+_BATCH_STREAM_EXPORTS: dict[str, tuple[str, ir.Type, list[ir.Type]]] = {
+    "run_batch_async": ("cnnc_rt_run_batch_async", _I32, [_PTR, _I32, _PTR, _PTR, _PTR]),
+}
+SUFFIXES = (*_EXPORTS, *_BATCH_EXPORTS, *_STREAM_EXPORTS, *_BATCH_STREAM_EXPORTS)
 
 
 def exported_symbols(program: Program) -> tuple[str, ...]:
@@ -65,7 +73,10 @@ def exported_symbols(program: Program) -> tuple[str, ...]:
 
 
 def _exports(program: Program) -> dict[str, tuple[str, ir.Type, list[ir.Type]]]:
-    return {**_EXPORTS, **_BATCH_EXPORTS} if program.others else _EXPORTS
+    exports = {**_EXPORTS, **(_BATCH_EXPORTS if program.others else {})}
+    if program.device is not None:
+        exports |= {**_STREAM_EXPORTS, **(_BATCH_STREAM_EXPORTS if program.others else {})}
+    return exports
 
 
 def driver_ir(program: Program) -> str:
@@ -99,7 +110,7 @@ class _Driver:
         self.module.triple = TRIPLE
         self._describe()
         if self.program.device is not None:
-            describe_device(self, self.program.device, self.program.calls)
+            describe_device(self, self.program.device, self.program.variants)
         for suffix, (target, result, parameters) in _exports(self.program).items():
             self._export(suffix, target, result, parameters)
         return self.module

@@ -20,9 +20,17 @@ class Gpu:
 
     @property
     def target(self) -> str | None:
-        """The target for it: the highest architecture of its generation that is not above it; None if there is none."""
-        fitting = [known for known in CUDA_ARCHS if known[:-1] == self.arch[:-1] and known <= self.arch]
+        """The target for it: the highest architecture that is not above it; None if all are.
+
+        Of its own generation it runs the machine code, of a lower one the PTX, which its driver compiles.
+        """
+        fitting = [known for known in CUDA_ARCHS if _number(known) <= _number(self.arch)]
         return f"cuda:{fitting[-1]}" if fitting else None
+
+
+def _number(arch: str) -> int:
+    """Give what architectures are ordered by: 90 for `sm_90`."""
+    return int(arch.removeprefix("sm_"))
 
 
 @dataclass(frozen=True)

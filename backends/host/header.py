@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from cnnc.backends.host.device import DeviceCode
 from cnnc.backends.host.program import ABI, DTYPES, Port, Program, Variant
 
 _TEMPLATE = """\
@@ -111,7 +112,8 @@ uint64_t {p}_kernel_ns({p}_context *context, int index, uint64_t *calls);
 /* Facts about the model and how it was compiled, as JSON. */
 const char *{p}_meta(void);
 
-{batch_functions}/* The version of this interface: equal to {p}_ABI_VERSION if header and library fit. */
+{stream_functions}{batch_functions}\
+/* The version of this interface: equal to {p}_ABI_VERSION if header and library fit. */
 int {p}_abi_version(void);
 
 #ifdef __cplusplus
@@ -136,15 +138,35 @@ const {p}_tensor_info *{p}_batch_output(int batch, int index);
 int {p}_batch_kernel_count(int batch);
 const {p}_kernel_info *{p}_batch_kernel(int batch, int index);
 uint64_t {p}_batch_kernel_ns({p}_context *context, int batch, int index, uint64_t *calls);
+{batch_stream_function}
+"""
 
+_STREAM_FUNCTIONS = """\
+/* Puts a run into a stream of CUDA and returns.  `stream` is a CUstream or cudaStream_t of the first GPU, null its
+ * default stream.  Inputs and outputs, in memory of the GPU or in page-locked memory of the host, belong to the run
+ * until the stream has done it; copies from and to other memory of the host hold up the call.  Runs of one context
+ * follow one another, whatever streams they are in; for runs side by side make several contexts.  The clocks of the
+ * kernels do not count these runs. */
+int {p}_run_async({p}_context *context, const void *const *inputs, void *const *outputs, void *stream);
+
+/* Waits for all runs of a context.  ERROR_VALUE here, or from {p}_run, also stands for runs in streams before. */
+int {p}_wait({p}_context *context);
+
+"""
+
+_BATCH_STREAM_FUNCTION = """\
+int {p}_run_batch_async({p}_context *context, int batch, const void *const *inputs, void *const *outputs,
+    void *stream);
 """
 
 
 _IN_PLACE = "Data aligned to 64 bytes is used in place, other data is copied."
 _ON_GPU = """\
-The kernels run on the first GPU, which must be one for {arch};
- * CUDA's driver is loaded when the first context is made (the object needs -ldl too).  Data is in host memory, and
- * copied to the GPU and back; the number of threads changes nothing."""
+The kernels run on the first GPU: one of compute capability {capability}
+ * or of a higher one with the same first digit{newer}.  CUDA's
+ * driver is loaded when the first context is made (the object needs -ldl too).  Each input and output may be in memory
+ * of the host or of the GPU: they are copied to the context's own memory and back.  The number of threads changes
+ * nothing."""
 
 
 def emit_header(program: Program) -> str:
@@ -160,7 +182,7 @@ def emit_header(program: Program) -> str:
     return _TEMPLATE.format(
         p=prefix,
         title=_harmless(program.name),
-        memory=_IN_PLACE if program.device is None else _ON_GPU.format(arch=program.device.arch),
+        memory=_memory(program.device),
         guard=f"CNNC_{prefix}_H",
         abi=ABI,
         ports="\n".join(f" * {line}" for line in ports) or " * no inputs, no outputs",
@@ -169,9 +191,27 @@ def emit_header(program: Program) -> str:
         sizes=_size_lines(prefix, program.variants[0]),
         batch_sizes=_batch_size_lines(prefix, several),
         batch_error=_BATCH_ERROR.format(p=prefix) if several else "",
-        batch_functions=_BATCH_FUNCTIONS.format(p=prefix) if several else "",
+        stream_functions=_STREAM_FUNCTIONS.format(p=prefix) if program.device else "",
+        batch_functions=_batch_functions(program),
         dtypes=",\n".join(dtypes),
     )
+
+
+def _memory(device: DeviceCode | None) -> str:
+    """Say where kernels run, and where inputs and outputs may be."""
+    if device is None:
+        return _IN_PLACE
+    major, minor = device.capability
+    newer = ", or a newer one, whose driver compiles the kernels once" if device.portable else ""
+    return _ON_GPU.format(capability=f"{major}.{minor}", newer=newer)
+
+
+def _batch_functions(program: Program) -> str:
+    """Declare what a model for several batch sizes has besides."""
+    if not program.others:
+        return ""
+    asynchronous = _BATCH_STREAM_FUNCTION.format(p=program.prefix) if program.device else ""
+    return _BATCH_FUNCTIONS.format(p=program.prefix, batch_stream_function=asynchronous)
 
 
 def _port_lines(variant: Variant) -> list[str]:

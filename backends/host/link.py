@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cnnc.backends.host.device_driver import CUBINS_SYMBOL, cubin_pieces
+from cnnc.backends.host.device_driver import MODULES_SYMBOL, module_pieces
 from cnnc.backends.host.driver import emit_driver, exported_symbols
 from cnnc.backends.host.elf_data import Pieces, stretch_section, write_data_object
 from cnnc.backends.host.library import SharedModel
@@ -98,8 +98,8 @@ def _collect(
             names.append("weights.o")
             write_data_object(folder / names[-1], "cnnc_rt_weights", _WEIGHTS, weights)
         if program.device is not None and program.device.modules:
-            names.append("cubins.o")
-            write_data_object(folder / names[-1], CUBINS_SYMBOL, ".cnnc_cubins", cubin_pieces(program.device))
+            names.append("modules.o")
+            write_data_object(folder / names[-1], MODULES_SYMBOL, ".cnnc_modules", module_pieces(program.device))
     except OSError as error:
         raise EnvironmentProblem(f"cannot write to {folder.parent}: {error.strerror}") from error
     return names

@@ -19,8 +19,9 @@ from cnnc.backends.host.publish import publish
 from cnnc.errors import EnvironmentProblem
 
 RUNTIME = Path(__file__).resolve().parent / "runtime"
-LIBRARY_SOURCES = ("context.c", "cpu.c", "info.c", "pool.c")
-DEVICE_SOURCES = ("cuda.c", "cuda_device.c", "cuda_library.c", "cpu.c", "info.c", "pool.c")
+_SHARED_SOURCES = ("context.c", "cpu.c", "info.c", "pool.c")
+LIBRARY_SOURCES = (*_SHARED_SOURCES, "cpu_context.c")
+DEVICE_SOURCES = (*_SHARED_SOURCES, "cuda_context.c", "cuda_run.c", "cuda_device.c", "cuda_library.c")
 PROGRAM_SOURCES = ("main.c", "npy.c", "picture.c", "png.c", "jpeg.c")
 FLAGS = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off")
 _NO_COMPILER = "no C compiler found: install gcc or clang (Debian, Ubuntu: apt install gcc), or set CC to one"

@@ -14,12 +14,13 @@ import click
 import cnnc
 from cnnc.errors import CnncError
 
-VERBS = ("compile", "run", "bench", "profile", "verify", "tune", "inspect", "opt", "ops", "doctor", "cache")
+_NAMES = "compile run bench bench-gpu profile verify tune inspect opt ops doctor cache"
+VERBS = tuple(_NAMES.split())
 _INTERNAL = 70
 _INTERRUPTED = 130
 
 
-class _Verbs(click.Group):
+class _Group(click.Group):
     """Loads a verb's file when the verb is used, so that `cnnc --help` is quick."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -28,12 +29,12 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        module = import_module(f"cnnc.cli.{cmd_name}")
+        module = import_module(f"cnnc.cli.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 
 
-@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(cnnc.__version__, prog_name="cnnc")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def cli(debug: bool) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from cnnc.errors import CnncError
 from cnnc.profiler.accuracy import relative_error
-from cnnc.profiler.engine_process import EngineFailure, EngineProcess
+from cnnc.profiler.engine_process import EngineFailure, EngineProcess, engine_worker
 from cnnc.profiler.engines import Engine, Task
 from cnnc.profiler.latency import Latency, quartiles
 from cnnc.profiler.machine import choose_cpus
@@ -163,7 +163,8 @@ class _Contestant:
         for index, (name, array) in enumerate(task.feeds.items()):
             inputs[name] = str(self._folder / f"input{index}.npy")
             np.save(inputs[name], array, allow_pickle=False)
-        self._process = EngineProcess(choose_cpus(task.threads), task.threads, self._folder, self._plan.timeout)
+        worker = engine_worker(choose_cpus(task.threads))
+        self._process = EngineProcess(worker, task.threads, self._folder, self._plan.timeout)
         answer = self._process.ask(
             "open",
             package=self._engine.package,

@@ -32,20 +32,25 @@ class EngineFailure(Exception):
         self.exit_code = exit_code
 
 
+def engine_worker(cpus: Sequence[int]) -> list[str]:
+    """Give the worker for an engine of this machine's CPUs."""
+    return ["cnnc.profiler.worker", ",".join(map(str, cpus))]
+
+
 class EngineProcess:
-    """A worker process held to some CPUs, for so many threads; what it prints is kept in `folder`.
+    """A worker process, which runs a module with arguments, for so many threads; what it prints is kept in `folder`.
 
     Every answer must come within `timeout` seconds.
     """
 
-    def __init__(self, cpus: Sequence[int], threads: int, folder: Path, timeout: float) -> None:
+    def __init__(self, worker: Sequence[str], threads: int, folder: Path, timeout: float) -> None:
         self._timeout = timeout
         self._log = folder / "stderr.txt"
         self._pending = b""
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 # -P: the working folder may hold files named like packages.
-                [sys.executable, "-P", "-m", "cnnc.profiler.worker", ",".join(map(str, cpus))],
+                [sys.executable, "-P", "-m", *worker],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -26,14 +26,18 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Serve requests until stdin ends."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    """Serve requests for one engine."""
     # Threads made from here on, those of numpy and of the engine, may use these CPUs only.
     os.sched_setaffinity(0, [int(cpu) for cpu in sys.argv[1].split(",")])
+    serve(Session())
+
+
+def serve(session: object) -> None:
+    """Answer each request by the session's method of its name, until stdin ends."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
     # A worker that hangs, or is stopped, would outlive a parent that is killed.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    session = Session()
     for line in sys.stdin:
         request = json.loads(line)
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -11,39 +10,21 @@ import pytest
 
 import cnnc.ops
 from cnnc.errors import LimitError, ShapeError, UnsupportedError
-from cnnc.ir.build import call, infer_types
-from cnnc.ir.graph import Graph
+from cnnc.ir.build import infer_types
 from cnnc.ir.interp import run
 from cnnc.ir.layout import Layout
 from cnnc.ir.op import OPERATORS, Example, Op, as_tuple
 from cnnc.ir.parse import parse_graph
 from cnnc.ir.text import print_graph
 from cnnc.ir.types import DType, TensorType
-from cnnc.ops.source import Input
+from cnnc.ops.example_graph import TOLERANCE, buildable_examples, draw, graph_of, operator_names, rng_for
 from tests.ops.kernels import run_compute
 
-WITHOUT_EXAMPLES = {"input", "parameter", "constant", "fused"}
-"""Sources have nothing to compute, and a kernel means what its body means."""
-
-NAMES = sorted(
-    name for name, cls in OPERATORS.items() if cls.__module__.startswith("cnnc.ops.") and name not in WITHOUT_EXAMPLES
-)
-
-TOLERANCE = {DType.F16: 4e-3, DType.BF16: 3e-2, DType.F32: 2e-5, DType.F64: 1e-12}
-"""Of the largest magnitude in the result: sums run in another order."""
+NAMES = operator_names()
 
 
 def examples(name: str) -> list[Example]:
     return list(OPERATORS[name].examples())
-
-
-def rng_for(name: str, number: int) -> np.random.Generator:
-    return np.random.default_rng(zlib.crc32(f"{name} {number}".encode()))
-
-
-def draw(example: Example, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Draw inputs, numpy's scalars made into arrays."""
-    return tuple(np.array(a) for a in example.inputs(rng))
 
 
 def assert_close(got: np.ndarray, wanted: np.ndarray, tolerance: float, label: str) -> None:
@@ -169,16 +150,6 @@ def test_text_round_trip(name: str) -> None:
         assert again.outputs[0].op == example.op
 
 
-def graph_of(chosen: Sequence[Example]) -> Graph:
-    """Make one graph of several examples side by side."""
-    inputs, outputs = [], []
-    for number, example in enumerate(chosen):
-        values = [call(Input(f"x{number}_{i}", t)) for i, t in enumerate(example.types)]
-        inputs += values
-        outputs += call(example.op, *values).node.values
-    return Graph("example", tuple(inputs), tuple(outputs))
-
-
 def mutations(types: Sequence[TensorType]) -> Iterator[tuple[TensorType, ...]]:
     """Give inputs that are wrong in one way: their number, a rank, a size, a dtype, a layout."""
     yield ()
@@ -219,16 +190,10 @@ def test_wrong_inputs_are_refused_by_a_message(name: str) -> None:
     assert refused > 0
 
 
-def buildable(example: Example) -> bool:
-    """Whether the driver takes it as it is: plain, of fixed sizes, with something to compute."""
-    types = (*example.types, *infer_types(example.op, example.types))
-    return all(t.layout is None and t.is_static for t in types) and bool(example.types)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_model_equals_interpreter(name: str) -> None:
     """All examples of an operator in one model, through passes, templates and driver."""
-    chosen = [e for e in examples(name) if buildable(e)]
+    chosen = buildable_examples(name)
     graph = graph_of(chosen)
     inputs = [a for number, e in enumerate(chosen) for a in draw(e, rng_for(name, 3000 + number))]
     module = cnnc.compile(graph, target="cpu")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cnnc.profiler.contest import Outcome, Plan, compete, ratio
-from cnnc.profiler.engine_process import EngineProcess
+from cnnc.profiler.engine_process import EngineProcess, engine_worker
 from cnnc.profiler.engines import Task
 from cnnc.profiler.machine import choose_cpus
 from tests.profiler.fake_engines import fake
@@ -132,7 +132,7 @@ def test_progress_counts_to_the_end(x: np.ndarray, tmp_path: Path) -> None:
 
 def test_a_worker_stands_still_between_its_answers(x: np.ndarray, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", x)
-    process = EngineProcess(choose_cpus(1), 1, tmp_path, 60.0)
+    process = EngineProcess(engine_worker(choose_cpus(1)), 1, tmp_path, 60.0)
     try:
         process.ask(
             "open",
@@ -154,7 +154,7 @@ def test_a_worker_stands_still_between_its_answers(x: np.ndarray, tmp_path: Path
 def test_a_worker_dies_with_its_parent(tmp_path: Path) -> None:
     code = (
         "import sys, time, pathlib; from cnnc.profiler.engine_process import EngineProcess;"
-        f"p = EngineProcess({list(choose_cpus(1))}, 1, pathlib.Path({str(tmp_path)!r}), 60.0);"
+        f"p = EngineProcess({engine_worker(choose_cpus(1))}, 1, pathlib.Path({str(tmp_path)!r}), 60.0);"
         "p.ask('save', folder='x')"
     )
     # The request fails, since nothing is open; by then the worker is up, and stopped.

@@ -110,7 +110,7 @@ extern const cnnc_rt_model cnnc_rt_the_model;
 /* info.c: the variant for a batch size; NULL if there is none. */
 const cnnc_rt_variant *cnnc_rt_find(int batch);
 
-/* context.c, or cuda.c in a binary for GPUs; what takes no batch size is for the first. */
+/* context.c; what takes no batch size is for the first. */
 int cnnc_rt_create(int threads, cnnc_rt_context **out);
 int cnnc_rt_run(cnnc_rt_context *context, const void *const *inputs, void *const *outputs);
 int cnnc_rt_run_batch(cnnc_rt_context *context, int batch, const void *const *inputs, void *const *outputs);

@@ -1,4 +1,5 @@
 /* Which CPU features are there, under LLVM's names: by CPUID, and by XCR0 for what the operating system must save. */
+#define _GNU_SOURCE
 #include "cnnc_rt.h"
 
 #include <cpuid.h>

@@ -27,20 +27,23 @@ typedef struct cnnc_rt_launch {
   const cnnc_rt_argument *arguments;
   int32_t argument_count;
   int32_t module;
-  int32_t kernel; /* the row of cnnc_rt_the_model.kernels it is a part of */
+  int32_t kernel;         /* the row of its variant's kernels it is a part of */
+  int32_t first_argument; /* of its arguments, among those of all launches */
   uint32_t grid[3];
   uint32_t block[3];
   uint32_t shared_bytes;
 } cnnc_rt_launch;
 
 typedef struct cnnc_rt_device {
-  const char *const *modules; /* cubins */
-  const cnnc_rt_launch *launches;
+  const char *const *modules;     /* fat binaries */
+  const cnnc_rt_launch *launches; /* of all variants, one after the other */
+  const int32_t *first_launches;  /* of each variant, and the end */
   int32_t module_count;
   int32_t launch_count;
   int32_t argument_count; /* of all launches together */
-  int32_t major;          /* the compute capability the cubins are for: 9 and 0 for sm_90 */
+  int32_t major;          /* the compute capability the machine code is for: 9 and 0 for sm_90 */
   int32_t minor;
+  int32_t portable;       /* not 0 if there is PTX too, which the driver compiles for GPUs of higher capabilities */
 } cnnc_rt_device;
 
 extern const cnnc_rt_device cnnc_rt_the_device;
@@ -69,6 +72,7 @@ enum {
   CU_COMPUTE_CAPABILITY_MINOR = 76,
   CU_MAX_DYNAMIC_SHARED_BYTES = 8, /* CUfunction_attribute */
   CU_STREAM_NON_BLOCKING = 1,
+  CU_EVENT_DISABLE_TIMING = 2,
   CU_CAPTURE_RELAXED = 2 /* CUstreamCaptureMode: what the driver does by itself meanwhile is no mistake */
 };
 
@@ -90,12 +94,13 @@ enum {
   F(mem_alloc, "cuMemAlloc_v2", (cu_pointer *pointer, size_t bytes)) \
   F(mem_free, "cuMemFree_v2", (cu_pointer pointer)) \
   F(copy_to_device, "cuMemcpyHtoD_v2", (cu_pointer to, const void *from, size_t bytes)) \
-  F(copy_to_device_async, "cuMemcpyHtoDAsync_v2", (cu_pointer to, const void *from, size_t bytes, cu_stream stream)) \
+  F(copy_async, "cuMemcpyAsync", (cu_pointer to, cu_pointer from, size_t bytes, cu_stream stream)) \
   F(copy_to_host_async, "cuMemcpyDtoHAsync_v2", (void *to, cu_pointer from, size_t bytes, cu_stream stream)) \
   F(set_words_async, "cuMemsetD32Async", (cu_pointer to, unsigned value, size_t count, cu_stream stream)) \
   F(stream_create, "cuStreamCreate", (cu_stream *stream, unsigned flags)) \
   F(stream_destroy, "cuStreamDestroy_v2", (cu_stream stream)) \
   F(stream_synchronize, "cuStreamSynchronize", (cu_stream stream)) \
+  F(stream_wait_event, "cuStreamWaitEvent", (cu_stream stream, cu_event event, unsigned flags)) \
   F(stream_begin_capture, "cuStreamBeginCapture_v2", (cu_stream stream, int mode)) \
   F(stream_end_capture, "cuStreamEndCapture", (cu_stream stream, cu_graph *graph)) \
   F(graph_instantiate, "cuGraphInstantiateWithFlags", (cu_graph_exec *exec, cu_graph graph, unsigned long long flags)) \
@@ -105,6 +110,7 @@ enum {
   F(event_create, "cuEventCreate", (cu_event *event, unsigned flags)) \
   F(event_destroy, "cuEventDestroy_v2", (cu_event event)) \
   F(event_record, "cuEventRecord", (cu_event event, cu_stream stream)) \
+  F(event_synchronize, "cuEventSynchronize", (cu_event event)) \
   F(event_elapsed_time, "cuEventElapsedTime", (float *milliseconds, cu_event start, cu_event end)) \
   F(launch_kernel, "cuLaunchKernel", \
     (cu_function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y, \
@@ -124,6 +130,12 @@ typedef struct cnnc_rt_cuda {
       return tried; \
     } \
   } while (0)
+
+/* cuda_run.c: puts a run into a stream (CUstream), and waits for all that were put. */
+int cnnc_rt_run_async(cnnc_rt_context *context, const void *const *inputs, void *const *outputs, void *stream);
+int cnnc_rt_run_batch_async(cnnc_rt_context *context, int batch, const void *const *inputs, void *const *outputs,
+                            void *stream);
+int cnnc_rt_wait(cnnc_rt_context *context);
 
 /* cuda_library.c: loads CUDA's driver, once; an error of this runtime. */
 int cnnc_rt_cuda_load(const cnnc_rt_cuda **out);

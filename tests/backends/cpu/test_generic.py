@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +14,30 @@ from cnnc.backends.cpu.generic_schedule import schedule_generic
 from cnnc.backends.lower.kernel import lower_kernel
 from cnnc.errors import VerifyError
 from cnnc.ir.build import call
-from cnnc.ir.graph import Graph, Value
+from cnnc.ir.graph import Graph
 from cnnc.ir.interp import run as interpret
 from cnnc.ir.layout import Layout
 from cnnc.ir.op import OPERATORS, Op, as_tuple
 from cnnc.ir.types import DType, TensorType
-from cnnc.ops import binary, concat, dense, norm, reduce, softmax, unary
+from cnnc.ops import binary, dense, norm, reduce, softmax, unary
 from cnnc.ops.fused import Fused
 from cnnc.ops.source import Input, constant
 from cnnc.target import Target
+from tests.backends.fused_networks import (
+    Network,
+    concatenated,
+    constant_output,
+    fused_network,
+    many_stages,
+    mean_of_gelu,
+    normalised,
+    normalised_silu,
+    output_read_by_output,
+    output_twice_and_input,
+    silu_residual,
+    softmax_then_scale,
+    two_outputs,
+)
 from tests.backends.running import assert_close, fused_op, link, run_fused
 
 TARGET = Target.parse("cpu")
@@ -68,57 +82,6 @@ def test_sums_that_llvm_may_not_vectorise(sum_of: int, tmp_path: Path) -> None:
     assert_close(result, arrays[0] @ arrays[1])
 
 
-Network = Callable[..., Sequence[Value]]
-
-
-def silu_residual(x: Value, y: Value) -> Sequence[Value]:
-    return [call(unary.Relu(), call(binary.Add(), call(unary.Silu(), x), call(binary.Mul(), y, constant(0.5))))]
-
-
-def normalised_silu(x: Value) -> Sequence[Value]:
-    return [call(softmax.Softmax(1), call(unary.Silu(), x))]
-
-
-def softmax_then_scale(x: Value) -> Sequence[Value]:
-    return [call(unary.Tanh(), call(binary.Mul(), call(softmax.Softmax(1), x), constant(3.0)))]
-
-
-def mean_of_gelu(x: Value) -> Sequence[Value]:
-    return [call(reduce.ReduceMean((2, 3), True), call(unary.Gelu(), x))]
-
-
-def two_outputs(x: Value, y: Value) -> Sequence[Value]:
-    return [call(binary.Add(), x, y), call(unary.Exp(), x)]
-
-
-def output_twice_and_input(x: Value) -> Sequence[Value]:
-    y = call(unary.Neg(), x)
-    return [y, y, x]
-
-
-def output_read_by_output(x: Value) -> Sequence[Value]:
-    y = call(unary.Exp(), x)
-    return [y, call(reduce.ReduceSum((1,), True), y)]
-
-
-def constant_output(x: Value) -> Sequence[Value]:
-    return [call(binary.Add(), call(binary.Mul(), x, constant(0.0)), constant(7.0))]
-
-
-def many_stages(x: Value) -> Sequence[Value]:
-    for _ in range(14):
-        x = call(unary.HardSwish(), call(unary.LeakyRelu(0.5), x))
-    return [x]
-
-
-def concatenated(x: Value, y: Value) -> Sequence[Value]:
-    return [call(unary.Relu(), call(concat.Concat(1), x, call(unary.Neg(), y)))]
-
-
-def normalised(x: Value, gamma: Value, beta: Value) -> Sequence[Value]:
-    return [call(unary.Relu(), call(norm.InstanceNorm(), x, gamma, beta))]
-
-
 CASES: list[tuple[Network, tuple[TensorType, ...]]] = [
     (silu_residual, (TensorType((2, 3, 5, 7)),) * 2),
     (silu_residual, (TensorType((1, 64, 14, 14), layout=BLOCKED),) * 2),
@@ -147,8 +110,7 @@ CASES: list[tuple[Network, tuple[TensorType, ...]]] = [
 @pytest.mark.parametrize("lanes", [4, 8, 16])
 @pytest.mark.parametrize(("network", "types"), CASES, ids=lambda v: getattr(v, "__name__", None) or str(v[0]))
 def test_fused_chains(network: Network, types: tuple[TensorType, ...], lanes: int, tmp_path: Path) -> None:
-    inputs = tuple(call(Input(f"x{i}", type_)) for i, type_ in enumerate(types))
-    fused = Fused(Graph("kernel", inputs, tuple(network(*inputs))), "chain")
+    fused = fused_network(network, types)
     kernel = compile_kernel(schedule_generic(lower_kernel(fused).prim_func(), lanes), "kernel", TARGET)
     rng = np.random.default_rng(lanes)
     arrays = [rng.uniform(-3, 3, type_.static_shape).astype(np.float32) for type_ in types]
@@ -187,8 +149,7 @@ def test_a_sum_along_memory_uses_vectors() -> None:
 
 
 def test_independent_outputs_share_the_slices() -> None:
-    inputs = tuple(call(Input(f"x{i}", TensorType((256, 64)))) for i in range(2))
-    fused = Fused(Graph("kernel", inputs, tuple(two_outputs(*inputs))), "chain")
+    fused = fused_network(two_outputs, [TensorType((256, 64))] * 2)
     kernel = compile_kernel(schedule(fused), "kernel", TARGET)
     assert kernel.slices >= 8
 

@@ -1,8 +1,8 @@
 /* A stand-in for libcuda.so.1: the functions a cnnc artifact uses, on host memory, its modules being libraries that
  * fake_nvcc.py made.
  *
- * It does nothing before it must: what is put into a stream runs when the stream is synchronised, so that a result read
- * too early is wrong.  New memory is poisoned.  Calls without a current context, copies and arguments outside of
+ * It does nothing before it must: what is put into a stream runs when the stream is synchronised, or another waits for an
+ * event in it, so that a result read too early is wrong.  New memory is poisoned.  Calls without a current context, copies and arguments outside of
  * allocations, and launches that no GPU takes are refused with the driver's codes.
  *
  * CNNC_FAKE_CUDA steers it: "devices=0", "capability=86", "memory=BYTES", "order=N" (of threads), "fail=cuMemAlloc_v2:2:1"
@@ -19,7 +19,7 @@
 #include <unistd.h>
 
 enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_IMAGE = 200, INVALID_CONTEXT = 201 };
-enum { NOT_FOUND = 500, LAUNCH_FAILED = 719, CAPTURING = 900 };
+enum { NO_BINARY_FOR_GPU = 209, INVALID_HANDLE = 400, NOT_FOUND = 500, LAUNCH_FAILED = 719, CAPTURING = 900 };
 
 typedef const char *emulated(const unsigned *grid, const unsigned *block, unsigned shared, void **arguments,
                              unsigned order);
@@ -35,7 +35,7 @@ typedef struct module {
   function *functions;
 } module;
 
-enum kind { LAUNCH, SET_WORDS, COPY, RECORD, GRAPH };
+enum kind { LAUNCH, SET_WORDS, COPY, RECORD, WAIT, GRAPH };
 
 typedef struct operation {
   enum kind kind;
@@ -47,6 +47,9 @@ typedef struct operation {
   size_t bytes;
   unsigned word;
   struct list *graph;
+  struct event *event;
+  struct list *stream; /* that a waited for record is in, ... */
+  int ticket;          /* ... and which record of the event it is */
   struct operation *next;
 } operation;
 
@@ -54,6 +57,12 @@ typedef struct list {
   operation *first, **last;
   int capturing;
 } list;
+
+/* Records are numbered: a wait is for the last one put before it. */
+typedef struct event {
+  int timed, issued, done, launches;
+  list *stream;
+} event;
 
 typedef struct allocation {
   uint64_t start, bytes;
@@ -63,6 +72,7 @@ typedef struct allocation {
 static allocation *allocations;
 static uint64_t allocated;
 static int retained, current, live, launches;
+static list default_stream = {.last = &default_stream.first};
 static char context_object;
 
 static long option(const char *name, long otherwise) {
@@ -183,6 +193,14 @@ static size_t image_bytes(const unsigned char *image) {
   return sections + (size_t)size * count;
 }
 
+/* Tells whether a module has machine code for this GPU, or PTX that can be compiled for it. */
+static int runs_here(void *library) {
+  const int capability = (int)option("capability=", 90);
+  const int *machine = dlsym(library, "cnnc_machine_code"), *ptx = dlsym(library, "cnnc_ptx");
+  const int same = machine != NULL && *machine / 10 == capability / 10 && *machine <= capability;
+  return same || (ptx != NULL && *ptx != 0 && *ptx <= capability);
+}
+
 int cuModuleLoadData(module **out, const void *image) {
   BEGIN_IN_CONTEXT();
   char path[64];
@@ -200,6 +218,11 @@ int cuModuleLoadData(module **out, const void *image) {
   if (made->library == NULL) {
     fprintf(stderr, "fake CUDA: %s\n", dlerror());
     return INVALID_IMAGE;
+  }
+  if (!runs_here(made->library)) {
+    dlclose(made->library);
+    free(made);
+    return NO_BINARY_FOR_GPU;
   }
   live++;
   *out = made;
@@ -316,6 +339,7 @@ static void empty(list *of) {
 }
 
 static int run_list(list *of);
+static int run_until(list *stream, event *event, int ticket);
 
 static int run_launch(operation *o) {
   void *arguments[64];
@@ -348,8 +372,11 @@ static int run_operation(operation *o) {
       memcpy(o->to, o->from, o->bytes);
       return OK;
     case RECORD:
-      *(int *)o->to = launches;
+      o->event->done = o->ticket;
+      o->event->launches = launches;
       return OK;
+    case WAIT:
+      return run_until(o->stream, o->event, o->ticket);
     default:
       return run_list(o->graph);
   }
@@ -365,22 +392,56 @@ static int run_list(list *of) {
   return OK;
 }
 
+static void drop_first(list *of) {
+  operation *gone = of->first;
+  of->first = gone->next;
+  of->last = of->first == NULL ? &of->first : of->last;
+  free(gone);
+}
+
+/* Does what is in a stream up to a record of an event. */
+static int run_until(list *stream, event *event, int ticket) {
+  while (event->done < ticket) {
+    /* Out of the list first: what runs may wait for the same stream. */
+    operation next = *stream->first;
+    drop_first(stream);
+    int error = run_operation(&next);
+    if (error != OK) {
+      return error;
+    }
+  }
+  return OK;
+}
+
+static list *real(list *stream) { return stream != NULL ? stream : &default_stream; }
+
 int cuStreamCreate(list **stream, unsigned flags) {
   BEGIN_IN_CONTEXT();
   *stream = make_list();
-  return flags == 1 ? OK : INVALID_VALUE;
+  return flags <= 1 ? OK : INVALID_VALUE;
 }
 
+/* What is in a stream that is destroyed is still done. */
 int cuStreamDestroy_v2(list *stream) {
   BEGIN_IN_CONTEXT();
+  int error = run_list(stream);
   empty(stream);
   free(stream);
+  live--;
+  return error;
+}
+
+static int destroy_list(list *gone) {
+  BEGIN_IN_CONTEXT();
+  empty(gone);
+  free(gone);
   live--;
   return OK;
 }
 
 int cuStreamSynchronize(list *stream) {
   BEGIN_IN_CONTEXT();
+  stream = real(stream);
   if (stream->capturing) {
     return CAPTURING;
   }
@@ -420,14 +481,14 @@ int cuGraphInstantiateWithFlags(list **exec, list *graph, unsigned long long fla
   return flags == 0 ? OK : INVALID_VALUE;
 }
 
-int cuGraphDestroy(list *graph) { return cuStreamDestroy_v2(graph); }
+int cuGraphDestroy(list *graph) { return destroy_list(graph); }
 
-int cuGraphExecDestroy(list *exec) { return cuStreamDestroy_v2(exec); }
+int cuGraphExecDestroy(list *exec) { return destroy_list(exec); }
 
 int cuGraphLaunch(list *exec, list *stream) {
   BEGIN_IN_CONTEXT();
   const operation what = {.kind = GRAPH, .graph = exec};
-  return append(stream, &what);
+  return append(real(stream), &what);
 }
 
 int cuLaunchKernel(function *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
@@ -452,10 +513,15 @@ int cuMemsetD32Async(uint64_t to, unsigned value, size_t count, list *stream) {
   return inside(to, count * 4) ? append(stream, &what) : INVALID_VALUE;
 }
 
-int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, list *stream) {
+/* From anywhere to anywhere: what begins in an allocation must end there, all else is memory of the host. */
+int cuMemcpyAsync(uint64_t to, uint64_t from, size_t bytes, list *stream) {
   BEGIN_IN_CONTEXT();
-  const operation what = {.kind = COPY, .to = (void *)(uintptr_t)to, .from = from, .bytes = bytes};
-  return inside(to, bytes) ? append(stream, &what) : INVALID_VALUE;
+  const operation what = {
+      .kind = COPY, .to = (void *)(uintptr_t)to, .from = (const void *)(uintptr_t)from, .bytes = bytes};
+  if ((inside(to, 0) && !inside(to, bytes)) || (inside(from, 0) && !inside(from, bytes))) {
+    return INVALID_VALUE;
+  }
+  return append(real(stream), &what);
 }
 
 int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, list *stream) {
@@ -464,30 +530,46 @@ int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, list *stream) {
   return inside(from, bytes) ? append(stream, &what) : INVALID_VALUE;
 }
 
-int cuEventCreate(int **event, unsigned flags) {
+int cuEventCreate(event **out, unsigned flags) {
   BEGIN_IN_CONTEXT();
-  *event = calloc(1, sizeof **event);
+  *out = calloc(1, sizeof **out);
+  (*out)->timed = flags == 0;
   live++;
-  return flags == 0 ? OK : INVALID_VALUE;
+  return flags == 0 || flags == 2 ? OK : INVALID_VALUE;
 }
 
-int cuEventDestroy_v2(int *event) {
+int cuEventDestroy_v2(event *event) {
   BEGIN_IN_CONTEXT();
   free(event);
   live--;
   return OK;
 }
 
-int cuEventRecord(int *event, list *stream) {
+int cuEventRecord(event *event, list *stream) {
   BEGIN_IN_CONTEXT();
-  const operation what = {.kind = RECORD, .to = event};
-  return append(stream, &what);
+  event->stream = real(stream);
+  const operation what = {.kind = RECORD, .event = event, .ticket = ++event->issued};
+  return append(real(stream), &what);
+}
+
+int cuStreamWaitEvent(list *stream, event *event, unsigned flags) {
+  BEGIN_IN_CONTEXT();
+  const operation what = {.kind = WAIT, .event = event, .stream = event->stream, .ticket = event->issued};
+  return flags == 0 ? append(real(stream), &what) : INVALID_VALUE;
+}
+
+int cuEventSynchronize(event *event) {
+  BEGIN_IN_CONTEXT();
+  return run_until(event->stream, event, event->issued);
 }
 
 /* A launch takes a millisecond here. */
-int cuEventElapsedTime(float *milliseconds, int *start, int *end) {
+int cuEventElapsedTime(float *milliseconds, event *start, event *end) {
   BEGIN_IN_CONTEXT();
-  *milliseconds = (float)(*end - *start);
+  if (!start->timed || !end->timed || start->done == 0 || end->done == 0) {
+    return INVALID_HANDLE;
+  }
+  *milliseconds = (float)(end->launches - start->launches);
   return OK;
 }
 

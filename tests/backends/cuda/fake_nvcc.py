@@ -27,12 +27,21 @@ def emulated(texts: Sequence[str]) -> str:
     return "".join(['#include "emulation.h"\n', *headers, prelude, *functions, *doors])
 
 
-def compile_library(texts: Sequence[str], folder: Path, out: Path) -> None:
+def compile_library(texts: Sequence[str], folder: Path, out: Path, notes: str = "") -> None:
     """Compile CUDA sources into a library."""
-    (folder / "emulated.cpp").write_text(emulated(texts))
+    (folder / "emulated.cpp").write_text(emulated(texts) + notes)
     command = ["g++", *FLAGS, "-I", HEADERS, folder / "emulated.cpp", "-o", out]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:3000]
+
+
+def contents(wanted: str) -> str:
+    """Note what is asked for with `arch=compute_90,code=[sm_90,compute_90]`, for the driver to see."""
+    machine = re.search(r"\bsm_(\d+)", wanted)
+    assert machine is not None, wanted
+    ptx = re.search(r"code=.*compute_(\d+)", wanted)
+    numbers = f"cnnc_machine_code = {machine[1]}, cnnc_ptx = {ptx[1] if ptx else 0}"
+    return f'extern "C" {{ extern const int cnnc_machine_code, cnnc_ptx; const int {numbers}; }}\n'
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -42,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     out, source = arguments[arguments.index("-o") + 1], arguments[-1]
     text = Path(source).read_text()
-    compile_library([text], Path.cwd(), Path.cwd() / out)
+    compile_library([text], Path.cwd(), Path.cwd() / out, contents(arguments[arguments.index("-gencode") + 1]))
     for name in _FUNCTION.findall(text):
         print(f"ptxas info    : Compiling entry function '{name}' for 'sm_00'", file=sys.stderr)
         print("    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 
 import cnnc
 import cnnc.backends
+from cnnc.backends.host.header import emit_header
+from cnnc.backends.host.link import build_shared
 from cnnc.errors import EnvironmentProblem
 from cnnc.frontends.dsl import (
     Network,
@@ -236,7 +239,7 @@ def test_without_a_driver_it_says_so(user: Path) -> None:
         ("fail=cuInit:34:0", "603 no CUDA driver"),
         ("capability=80", "702 the model was compiled for another GPU"),
         ("capability=89", "702 the model was compiled for another GPU"),
-        ("capability=100", "702 the model was compiled for another GPU"),
+        ("capability=75", "702 the model was compiled for another GPU"),
         ("fail=cuModuleLoadData:209:0", "702 the model was compiled for another GPU"),
         ("memory=100", "605 not enough memory on the GPU"),
         ("fail=cuStreamCreate:999:0", "606 the GPU or its driver failed: unknown error (CUDA error 999)"),
@@ -256,6 +259,27 @@ def test_a_newer_gpu_of_the_generation_will_do(fake_gpu: FakeGpu, tmp_path: Path
     np.testing.assert_allclose(results["z"], evaluate(graph, feeds)["z"], rtol=1e-5)
 
 
+@pytest.mark.parametrize(("arch", "capability"), [("sm_90", 100), ("sm_90", 120), ("sm_80", 90), ("sm_86", 90)])
+def test_a_gpu_of_a_newer_generation_compiles_the_ptx(
+    arch: str, capability: int, fake_gpu: FakeGpu, tmp_path: Path
+) -> None:
+    graph = softmax_of_rows()
+    library, feeds = build(graph, tmp_path, f"cuda:{arch}"), feeds_of(graph, 8)
+    results, _ = fake_gpu.run(library, feeds, f"capability={capability}")
+    np.testing.assert_allclose(results["z"], evaluate(graph, feeds)["z"], rtol=1e-5)
+    assert "or a newer one, whose driver compiles the kernels once" in (tmp_path / "net.h").read_text()
+
+
+def test_without_ptx_a_newer_gpu_is_refused(fake_gpu: FakeGpu, tmp_path: Path) -> None:
+    made = cnnc.compile(softmax_of_rows(), target="cuda:sm_90").build
+    assert made.program.device is not None
+    program = replace(made.program, device=replace(made.program.device, portable=False))
+    build_shared(program, (), tmp_path / "net.so")
+    with pytest.raises(AssertionError, match="CheckFailed: rows: the model was compiled for another GPU"):
+        fake_gpu.run(tmp_path / "net.so", feeds_of(softmax_of_rows(), 1), "capability=100")
+    assert "newer" not in emit_header(program)
+
+
 def test_a_second_context_may_find_no_memory(user: Path, fake_gpu: FakeGpu) -> None:
     done = fake_gpu.start([user], "fail=cuMemAlloc_v2:2:2")
     assert done.stdout.splitlines() == ["0 no error", "605 not enough memory on the GPU", "0 no error"]
@@ -263,7 +287,7 @@ def test_a_second_context_may_find_no_memory(user: Path, fake_gpu: FakeGpu) -> N
 
 
 FUNCTIONS = re.findall(r'"(cu[A-Z]\w+)"', (Path(cnnc.backends.__path__[0]) / "host/runtime/cuda.h").read_text())
-CLEANUP = re.compile("Destroy|Free|Unload|Release|Push|Pop|ErrorString|SetAttribute")
+CLEANUP = re.compile("Destroy|Free|Unload|Release|Push|Pop|ErrorString|SetAttribute|EventSynchronize")
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])

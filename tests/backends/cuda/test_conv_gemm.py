@@ -12,7 +12,7 @@ import pytest
 
 from cnnc.backends.cuda.codegen import cuda_source
 from cnnc.backends.cuda.conv_gemm import TILES, ConvGemm, GemmParams
-from cnnc.backends.cuda.nvcc import compile_cubin
+from cnnc.backends.cuda.nvcc import compile_fatbin
 from cnnc.ir.build import call
 from cnnc.ir.graph import Graph, Value
 from cnnc.ir.types import DType, TensorType
@@ -191,7 +191,7 @@ def test_large_products_get_large_tiles() -> None:
 def test_tiles_stay_in_registers(number: int) -> None:
     fused = kernel(Case((1, 64, 28, 28), (128, 64, 3, 3), pad=(1, 1, 1, 1), bias=True), scaled_residual)
     schedule = list(TEMPLATE.space(fused, TARGET))[number]
-    (usage,) = compile_cubin(cuda_source(TEMPLATE.build(fused, schedule, TARGET), "hot", TARGET), TARGET).usage
+    (usage,) = compile_fatbin(cuda_source(TEMPLATE.build(fused, schedule, TARGET), "hot", TARGET), TARGET).usage
     tile = TILES[number]
     assert (usage.stack_bytes, usage.spill_bytes) == (0, 0)
     assert usage.registers <= 128

@@ -11,10 +11,13 @@ import pytest
 import cnnc
 from cnnc.backends.cuda.nvcc import _in_wheel
 from cnnc.backends.host.gpu import cuda_driver
+from cnnc.backends.host.library import SharedModel
 from cnnc.frontends.dsl import Network, load_network
 from cnnc.ir.interp import evaluate, run
 from cnnc.ir.types import DType
-from tests.ops.test_examples import NAMES, TOLERANCE, assert_close, buildable, draw, examples, graph_of, rng_for
+from cnnc.ops.example_graph import TOLERANCE, buildable_examples, draw, graph_of, operator_names, rng_for
+from cnnc.profiler.gpu.artifact import DeviceArtifact
+from tests.ops.test_examples import assert_close
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -34,10 +37,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", operator_names())
 def test_every_operator(name: str) -> None:
     """All examples of an operator in one model."""
-    chosen = [e for e in examples(name) if buildable(e)]
+    chosen = buildable_examples(name)
     graph = graph_of(chosen)
     inputs = [a for number, e in enumerate(chosen) for a in draw(e, rng_for(name, 4000 + number))]
     results = cnnc.compile(graph, target=str(TARGET)).run(dict(zip(graph.input_names, inputs, strict=True)))
@@ -64,6 +67,23 @@ def test_small_networks(spec: str, batch: int) -> None:
 )
 def test_networks_on_small_pictures(spec: str) -> None:
     check(load_network(f"{EXAMPLES}/{spec}", x=(3, 64, 64)))
+
+
+def test_data_on_the_gpu_and_several_batch_sizes(tmp_path: Path) -> None:
+    """Runs in a stream over the GPU's own memory give what runs over the host's give, bit for bit."""
+    net = load_network(f"{EXAMPLES}/lenet5.py:lenet5").init(seed=6)
+    cnnc.compile(net, target=str(TARGET), batch=(1, 8)).save(tmp_path / "net.so")
+    model = SharedModel(tmp_path / "net.so")
+    x = np.random.default_rng(3).standard_normal((8, 1, 32, 32)).astype(np.float32)
+    for variant in model.variants:
+        given = [x[: variant.batch]]
+        with model.create() as context, DeviceArtifact(model, variant, given) as device:
+            (wanted,) = context.run(given)
+            for _ in range(3):
+                device.start()
+            np.testing.assert_array_equal(device.outputs()[0], wanted)
+        exact = evaluate(net.with_batch(variant.batch).graph(), {"x": given[0]}, precise=True)["output"]
+        assert np.linalg.norm(wanted - exact) / np.linalg.norm(exact) <= 1e-5
 
 
 def check(net: Network) -> None:

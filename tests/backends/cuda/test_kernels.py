@@ -11,7 +11,8 @@ from cnnc.backends.cache import DiskCache
 from cnnc.backends.cuda.generic import Generic
 from cnnc.backends.cuda.index_check import index_check
 from cnnc.backends.cuda.kernels import CudaKernel, compile_kernels, compiled, kernel_job
-from cnnc.backends.cuda.nvcc import MOST_SHARED_BYTES, compile_cubin
+from cnnc.backends.cuda.machine import GPUS
+from cnnc.backends.cuda.nvcc import compile_fatbin
 from cnnc.errors import VerifyError
 from cnnc.ir.types import DType, TensorType
 from cnnc.ops import Relu, Softmax
@@ -52,15 +53,15 @@ def test_a_launch_without_its_function_is_refused() -> None:
     source = index_check(TensorType((3,), DType.I64), (5,))
     gone = replace(source, launches=(replace(source.launches[0], function="gone"),))
     with pytest.raises(VerifyError, match="nvcc made no gone, only"):
-        compile_cubin(gone, SM_90)
+        compile_fatbin(gone, SM_90)
 
 
 def test_more_shared_memory_than_there_is_is_refused() -> None:
     source = index_check(TensorType((3,), DType.I64), (5,))
-    greedy = replace(source, launches=(replace(source.launches[0], shared_bytes=MOST_SHARED_BYTES["sm_86"] + 1),))
+    greedy = replace(source, launches=(replace(source.launches[0], shared_bytes=GPUS["sm_86"].most_shared_bytes + 1),))
     with pytest.raises(VerifyError, match="101377 bytes of shared memory are more than cuda:sm_86 has"):
-        compile_cubin(greedy, Target.parse("cuda:sm_86"))
-    assert set(MOST_SHARED_BYTES) == set(CUDA_ARCHS)
+        compile_fatbin(greedy, Target.parse("cuda:sm_86"))
+    assert set(GPUS) == set(CUDA_ARCHS)
 
 
 def test_a_kernel_without_elements_has_no_code() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from cnnc.backends.cuda import nvcc
 from cnnc.backends.cuda.generic import Generic
 from cnnc.backends.cuda.kernels import compiled, kernel_job
 from cnnc.backends.cuda.nvcc import Usage, find_nvcc, read_usage
+from cnnc.backends.host.device import DeviceCode
 from cnnc.driver import Report
 from cnnc.errors import EnvironmentProblem
 from cnnc.frontends.dsl import load_network
@@ -60,6 +62,12 @@ def test_reads_what_ptxas_says() -> None:
         read_usage("Compiling entry function 'x' for 'sm_90'\n")
 
 
+def test_what_only_one_architecture_has_is_not_portable() -> None:
+    assert nvcc.is_portable("sm_90")
+    assert not nvcc.is_portable("sm_90a")
+    assert DeviceCode("sm_90a", ()).capability == DeviceCode("sm_90", ()).capability == (9, 0)
+
+
 @pytest.fixture
 def without_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvcc.shutil, "which", lambda name: None)
@@ -89,6 +97,21 @@ def test_the_wheel_is_found_where_path_has_none(monkeypatch: pytest.MonkeyPatch,
 
 # The real nvcc
 
+FATBIN_MAGIC = 0xBA55ED50
+
+
+def parts_of(fatbin: bytes) -> list[tuple[str, int]]:
+    """List what is in a fat binary: PTX or machine code, each for an architecture, 90 for sm_90."""
+    magic, _, header, size = struct.unpack_from("<IHHQ", fatbin)
+    assert (magic, header + size) == (FATBIN_MAGIC, len(fatbin))
+    parts, at = [], header
+    while at < len(fatbin):
+        kind, _, part_header, part_size = struct.unpack_from("<HHIQ", fatbin, at)
+        (arch,) = struct.unpack_from("<I", fatbin, at + 28)
+        parts.append(({1: "ptx", 2: "elf"}[kind], arch))
+        at += part_header + part_size
+    return parts
+
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -109,8 +132,7 @@ def test_hot_kernels_need_no_stack(arch: str) -> None:
         kernel = compiled(kernel_job("hot", scheduled(fused_op(op, types)), target).make(), target)
         assert {u.function for u in kernel.usage} == {launch.function for launch in kernel.launches}
         assert all(u.stack_bytes == u.spill_bytes == 0 and 0 < u.registers < 64 for u in kernel.usage)
-        # An ELF file for NVIDIA's machines.
-        assert (kernel.code[:4], int.from_bytes(kernel.code[18:20], "little")) == (b"\x7fELF", 190)
+        assert parts_of(kernel.code) == [("elf", int(arch[3:])), ("ptx", int(arch[3:]))]
 
 
 @needs_nvcc

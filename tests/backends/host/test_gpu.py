@@ -53,6 +53,20 @@ def test_lists_the_gpus(tmp_path: Path) -> None:
     assert [Gpu(**gpu) for gpu in found["gpus"]] == [Gpu("First", "sm_89"), Gpu("Second", "sm_90")]
 
 
+@pytest.mark.parametrize(
+    ("arch", "target"),
+    [
+        ("sm_75", None),
+        ("sm_80", "cuda:sm_80"),
+        ("sm_87", "cuda:sm_86"),
+        ("sm_90", "cuda:sm_90"),
+        ("sm_120", "cuda:sm_90"),
+    ],
+)
+def test_the_target_for_a_gpu(arch: str, target: str | None) -> None:
+    assert Gpu("some GPU", arch).target == target
+
+
 @pytest.mark.parametrize(("code", "problem"), [("100", ""), ("999", "it cannot be used (CUDA error 999)")])
 def test_a_driver_without_a_gpu(tmp_path: Path, code: str, problem: str) -> None:
     found = seen(tmp_path, DRIVER.replace("INIT", code))

@@ -13,6 +13,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from cnnc.backends.host.device import DeviceCode
 from cnnc.backends.host.driver import SUFFIXES, driver_ir, emit_driver, exported_symbols
 from cnnc.backends.host.header import emit_header
 from cnnc.backends.host.program import (
@@ -143,11 +144,12 @@ def test_header_and_runtime_agree(small: Any) -> None:
     inner = (RUNTIME / "cnnc_rt.h").read_text()
     one = small.program
     several = replace(one, batch=1, others=(Variant(2, one.inputs, one.outputs, one.calls),))
-    header = emit_header(several)
+    header = emit_header(replace(several, device=DeviceCode("sm_90", ())))
     assert codes(header, "small") == codes(inner, "CNNC_RT")
     assert len(codes(header, "small")) == 19
     declared = set(re.findall(r"\b(small_\w+)\(", header))
     assert declared == {f"small_{suffix}" for suffix in SUFFIXES}
+    assert not any(word in emit_header(several) for word in ("async", "stream", "small_wait", "GPU,"))
     assert re.findall(r"CNNC_RT_ABI (\d+)", inner) == re.findall(r"small_ABI_VERSION (\d+)", header) == [str(ABI)]
 
 

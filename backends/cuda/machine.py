@@ -1,0 +1,90 @@
+"""What is known of GPUs: for cost models, and for saying what a kernel can come to at best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cnnc.target import CUDA_ARCHS
+
+_WARP = 32
+_REGISTERS = 1 << 16
+"""Of a multiprocessor, and of a block at most."""
+
+_REGISTER_UNIT = 256
+"""Registers are given to a warp in such portions ..."""
+
+_PARTITIONS = 4
+"""... by one of so many parts of the multiprocessor."""
+
+_SHARED_UNIT = 128
+_SHARED_RESERVED = 1 << 10
+"""Bytes of shared memory: given to blocks in such portions, after what the system takes in each."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU of an architecture, and the limits of its multiprocessors.
+
+    `flops` is f32 operations a second on ordinary cores, `tensor_flops` those on tensor cores by the type of the
+    factors, adding up in f32, all without sparsity; `bandwidth` is bytes of memory a second.  From the CUDA programming
+    guide's table of compute capabilities and NVIDIA's data sheets.
+    """
+
+    name: str
+    multiprocessors: int
+    warps: int
+    blocks: int
+    shared_bytes: int
+    flops: float
+    tensor_flops: Mapping[str, float]
+    bandwidth: float
+
+    @property
+    def most_shared_bytes(self) -> int:
+        """Shared memory that a block may have."""
+        return self.shared_bytes - _SHARED_RESERVED
+
+    def roofline(self, flops: int, nbytes: int, dtype: str | None) -> tuple[float, str]:
+        """Give the least seconds for operations and bytes of memory, and whether `arithmetic` or `memory` takes them.
+
+        `dtype` is that of tensor cores, None where they are not used.  Williams et al., "Roofline", CACM 2009.
+        """
+        arithmetic = flops / (self.flops if dtype is None else self.tensor_flops[dtype])
+        memory = nbytes / self.bandwidth
+        return max(arithmetic, memory), "arithmetic" if arithmetic > memory else "memory"
+
+    def occupancy(self, threads: int, registers: int, shared_bytes: int) -> tuple[float, str]:
+        """Give the share of a multiprocessor's warps that blocks of such threads can keep there, and what limits it.
+
+        `registers` are of a thread, `shared_bytes` of a block, static and dynamic.  As NVIDIA's occupancy calculator
+        has it.
+        """
+        warps = _ceil(threads, _WARP)
+        of_a_warp = _ceil(max(registers, 1) * _WARP, _REGISTER_UNIT) * _REGISTER_UNIT
+        fitting = _REGISTERS // _PARTITIONS // of_a_warp * _PARTITIONS
+        shared = _ceil(shared_bytes + _SHARED_RESERVED, _SHARED_UNIT) * _SHARED_UNIT
+        limits = {
+            "warps": self.warps // warps,
+            "blocks": self.blocks,
+            "registers": fitting // warps,
+            "shared memory": self.shared_bytes // shared,
+        }
+        limit = min(limits, key=lambda name: limits[name])
+        return limits[limit] * warps / self.warps, limit
+
+
+def _ceil(number: int, unit: int) -> int:
+    return -(-number // unit)
+
+
+GPUS = {
+    "sm_80": Gpu("A100", 108, 64, 32, 164 << 10, 19.5e12, {"tf32": 156e12, "f16": 312e12, "bf16": 312e12}, 2.04e12),
+    "sm_86": Gpu("RTX 3090 Ti", 84, 48, 16, 100 << 10, 40e12, {"tf32": 40e12, "f16": 80e12, "bf16": 80e12}, 1.01e12),
+    "sm_89": Gpu("RTX 4090", 128, 48, 24, 100 << 10, 82.6e12, {"tf32": 83e12, "f16": 165e12, "bf16": 165e12}, 1.01e12),
+    "sm_90": Gpu("H100", 132, 64, 32, 228 << 10, 66.9e12, {"tf32": 495e12, "f16": 989e12, "bf16": 989e12}, 3.35e12),
+}
+"""The GPU that stands for each architecture."""
+
+MULTIPROCESSORS = {arch: GPUS[arch].multiprocessors for arch in CUDA_ARCHS}
+"""Whether there are blocks enough decides between tiles."""
