@@ -77,7 +77,13 @@ def _spaces_of(shape: ConvShape, machine: Machine, width: int, vectors: int, cha
     oc_tiles = [count for count in (1, 2, 4, 8) if per_conv_group % count == 0]
     if shape.prologue and per_conv_group not in oc_tiles:
         oc_tiles.append(per_conv_group)
-    pixels = {max(p for p in range(1, machine.registers) if machine.fits(p, v)) for v in range(1, min(vectors, 5) + 1)}
+    # Where few channels are read plain, LLVM unrolls a kernel row; with 32 registers it keeps all its weights there.
+    row = shape.kw if shape.plain_input and shape.kw > 1 and machine.broadcasts_from_memory else 0
+
+    def fits(pixels: int, v: int) -> bool:
+        return machine.fits(pixels, v) and (pixels == 1 or row == 0 or (pixels + row) * v <= machine.registers)
+
+    pixels = {max(p for p in range(1, machine.registers) if fits(p, v)) for v in range(1, min(vectors, 5) + 1)}
     yield from starmap(
         lambda p, o, r, outer: DirectParams(p, vectors, o, r, outer, width, channels),
         product(sorted(pixels), oc_tiles, rows, (0, 1) if groups > 1 and shape.oh > 1 else (1,)),
