@@ -164,19 +164,17 @@ def _lower(job: KernelJob, target: CpuTarget) -> tuple[Any, Abi]:
         return tvm.IRModule({var: bind_lets(func) for var, func in mod.functions.items()})
 
     schedule, loops = s_tir.transform, tirx.transform
-    without_blocks = [
+    written = job.func.attrs.get(WRITTEN_LOOPS) is not None
+    steps = [
         schedule.CanonicalizeLoop(),
         schedule.LowerInitBlock(),
         schedule.PlanAndUpdateBufferAllocationLocation(),
         schedule.ConvertBlocksToOpaque(),
-        schedule.CompactBufferAllocation(),
+        *(() if written else (schedule.CompactBufferAllocation(),)),
         schedule.LowerMatchBuffer(),
         schedule.StmtSimplify(),
         schedule.AnnotateIrregularLoop(),
         schedule.LowerOpaqueBlock(),
-    ]
-    steps = [
-        *([schedule.StmtSimplify()] if job.func.attrs.get(WRITTEN_LOOPS) is not None else without_blocks),
         tvm.transform.module_pass(flat, opt_level=0, name="cnnc.FlattenBuffers"),
         loops.BF16ComputeLegalize(),
         loops.NarrowDataType(32),

@@ -33,7 +33,7 @@ __all__ = [
 Body = Callable[[Any], Any]
 
 WRITTEN_LOOPS = "cnnc.written_loops"
-"""Attribute of a function made here: no blocks to lower, and instructions may use what no load or store shows."""
+"""Attribute of a function made here: instructions may use more of a temporary than loads and stores show."""
 
 
 def const(value: Any) -> Any:
