@@ -35,6 +35,7 @@ from cnnc.ir.op import Op
 from cnnc.ir.rewrite import rewrite
 from cnnc.ir.types import DType, TensorType
 from cnnc.ops.conv import Conv
+from cnnc.ops.dense import Dense
 from cnnc.ops.source import Constant
 from cnnc.ops.winograd import Transform, WinogradWeight, is_supported, transforms, winograd_tile
 from cnnc.passes.constants import array_of
@@ -172,13 +173,38 @@ def _bf16x3_seconds(node: Node, target: Target, stored: DType) -> float:
     n, oc, height, width = node.types[0].static_shape
     _, ic, kh, kw = w.static_shape
     assert isinstance(op, Conv)
-    pairs, oc_blocks = -(-ic // 32), -(-oc // 16)
     reach = op.dilation[1] * (kw - 1) // op.stride[1]
     tiles = n * -(-((height - 1) * (width + reach) + width) // 16)
-    steps, pixels = pairs * kh * kw, node.inputs[0].type.elements // ic
-    cycles = steps * oc_blocks * (TILE_CYCLES * tiles + SPLIT_WEIGHTS) + SPLIT_CYCLES * pixels * pairs
-    return _together(cycles / CYCLES_A_SECOND, _reading(stored.itemsize * w.elements, target)) + _moving(node, target)
+    pixels = node.inputs[0].type.elements // ic
+    seconds = _tile_seconds(tiles, pixels, -(-ic // 32), kh * kw, -(-oc // 16))
+    return _together(seconds, _reading(stored.itemsize * w.elements, target)) + _moving(node, target)
 
+
+def _tile_seconds(tiles: int, pixels: int, pairs: int, taps: int, oc_blocks: int) -> float:
+    """Give the seconds for products of tiles of outputs, and for splitting the input and the weights they are of."""
+    products = pairs * taps * oc_blocks * (TILE_CYCLES * tiles + SPLIT_WEIGHTS)
+    return (products + SPLIT_CYCLES * pixels * pairs) / CYCLES_A_SECOND
+
+
+def is_for_tiles(node: Node, target: Target) -> bool:
+    """Whether a fully connected layer takes less time on tiles: of many rows, whole lines, and known, finite weights.
+
+    The weight is packed in any case, so graphs that share it need not agree.
+    """
+    x, w = node.inputs[0].type, array_of(node.inputs[1])
+    if not target.multiplies_tiles or w is None or x.dtype is not DType.F32 or not x.is_static:
+        return False
+    (outputs, inputs), rows = w.shape, math.prod(x.static_shape[:-1])
+    if rows < FEWEST_ROWS or not inputs or inputs % 16 or outputs % 16 or not np.isfinite(w).all():
+        return False
+    seconds = _tile_seconds(-(-rows // 16), rows, -(-inputs // 32), 1, outputs // 16)
+    return seconds < BF16X3_MARGIN * 2.0 * rows * w.size / (2 * target.vector_lanes * FMA_A_SECOND)
+
+
+FEWEST_ROWS = 16
+"""With fewer, reading the weight takes the time."""
+
+BF16X3_ERROR, BF16X3_MARGIN = 6.0, 0.95
 
 CYCLES_A_SECOND = 3.0e9
 """Cycles of a core in which it gives `FMA_A_SECOND`."""
@@ -188,7 +214,7 @@ TILE_CYCLES, SPLIT_CYCLES, SPLIT_WEIGHTS = 137.0, 29.0, 84.0
 
 ALGORITHMS: tuple[Algorithm, ...] = (
     Algorithm("direct", error=2.2, applies=lambda node, target: True, seconds=_direct_seconds, exact=True),
-    Algorithm("bf16x3", error=6.0, applies=_bf16x3_applies, seconds=_bf16x3_seconds, margin=0.95),
+    Algorithm("bf16x3", error=BF16X3_ERROR, applies=_bf16x3_applies, seconds=_bf16x3_seconds, margin=BF16X3_MARGIN),
     Algorithm(
         "winograd2", error=12.0, applies=_winograd_applies(2), seconds=_winograd_seconds(2), margin=WINOGRAD_MARGIN
     ),
@@ -266,11 +292,13 @@ class ChooseAlgorithm(Pass):
         if target.is_gpu:
             return tuple(graphs)
         chosen = self._choices(graphs, target)
-        return tuple(self._apply(graph, chosen, shared=len(graphs) > 1) for graph in graphs)
+        return tuple(self._apply(graph, target, chosen, shared=len(graphs) > 1) for graph in graphs)
 
-    def _apply(self, graph: Graph, chosen: Mapping[Layer, str], shared: bool) -> Graph:
+    def _apply(self, graph: Graph, target: Target, chosen: Mapping[Layer, str], shared: bool) -> Graph:
+        tiles = not self.exact and self.budget >= BF16X3_ERROR
+
         def choose_algorithm(v: Value) -> Value | None:
-            """conv{algorithm=direct} -> conv{algorithm=cheapest within the bounds}."""
+            """conv{algorithm=direct} -> conv{algorithm=cheapest within the bounds}, and so with dense."""
             match v.node:
                 case Node(Conv() as conv, (x, w, *bias)) if conv.tile is None:
                     best = chosen.get(_layer(conv, w, shared), conv.algorithm)
@@ -279,6 +307,8 @@ class ChooseAlgorithm(Pass):
                     transform = _transform_of(best, conv)
                     weight = w if transform is None else call(transform, w)
                     return call(replace(conv, algorithm=best), x, weight, *bias)
+                case Node(Dense(algorithm="direct") as dense) if tiles and is_for_tiles(v.node, target):
+                    return call(replace(dense, algorithm="bf16x3"), *v.inputs)
             return None
 
         return rewrite(graph, (choose_algorithm,))

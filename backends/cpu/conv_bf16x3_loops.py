@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -30,9 +30,11 @@ MOST_ASKED = 8
 class MatrixLoops:
     """Writes the loop nest of one convolution."""
 
-    def __init__(self, shape: ConvShape, params: MatrixParams, body: Body) -> None:
+    def __init__(
+        self, shape: ConvShape, params: MatrixParams, body: Body, output_shape: Sequence[int] | None = None
+    ) -> None:
         self.params = params
-        self.body = body.bind(shape.output_shape)
+        self.body = body.bind(output_shape or shape.output_shape)
         self.x, self.weight = self.body.operands[:2]
         self.y = self.body.output()
         self.logical = shape
@@ -146,8 +148,7 @@ class MatrixLoops:
 
         def read(half: int) -> Any:
             def lane(c: Any) -> Any:
-                value = self.body.operand((image, pair * 2 + half, *position, c))
-                return loops.store(found, value, half, c)
+                return loops.store(found, self._read_input(image, pair * 2 + half, *position, c), half, c)
 
             return loops.vectorized(TILE_LINE, lane)
 
@@ -184,7 +185,7 @@ class MatrixLoops:
 
         def one(channel: Any) -> Any:
             def read(half: int) -> Any:
-                return loops.widened(self.weight, oc, pair * 2 + half, r, s, channel, 0, lanes=TILE_LINE)
+                return self._read_weight(oc, pair * 2 + half, r, s, channel)
 
             def put(parts: Any) -> Any:
                 return loops.sequence(
@@ -208,7 +209,7 @@ class MatrixLoops:
         lines = self.shape.block * 2 * TILE_LINE // line
 
         def ask(number: Any) -> Any:
-            return loops.prefetch(self.weight, oc, 0, 0, 0, 0, ((step + AHEAD) * lines + number) * line)
+            return self._ask_for_weight(oc, ((step + AHEAD) * lines + number) * line)
 
         first, last = begin * lines // TILE_ROWS, end * lines // TILE_ROWS
         return loops.unrolled(last - first, ask, "line", first)
@@ -226,7 +227,8 @@ class MatrixLoops:
         def ask(number: int) -> Any:
             line = done * share + number
             pixel = start + line % pixels
-            return loops.prefetch(self.x, image, line // pixels, *self._position(pixel // shape.w, pixel % shape.w), 0)
+            at = self._input_at(image, line // pixels, *self._position(pixel // shape.w, pixel % shape.w), 0)
+            return loops.prefetch(self.x, *at)
 
         return loops.sequence(*(ask(number) for number in range(share)))
 
@@ -309,7 +311,7 @@ class MatrixLoops:
                     position = self._position((here + place[0]) // width + first, (here + place[0]) % width)
                 else:
                     position = (first + row, column)
-                return (image, oc, *position, lane)
+                return self._output_at(image, oc, *position, lane)
 
             def value(place: tuple[int, ...], lane: Any) -> Any:
                 value = self.body.value(loops.load(self.sums, start + place[0], lane), at(place, lane))
@@ -329,6 +331,27 @@ class MatrixLoops:
             return loops.loop(count, some, "pixel")
         present = tirx.min(loops.const(count), rows * shape.ow - pixel)
         return loops.loop(present // together, lambda number: some(number * together), "pixel")
+
+    # Where things lie
+
+    def _input_at(self, image: Any, block: Any, row: Any, column: Any, lane: Any) -> tuple[Any, ...]:
+        """Give the place of an input number, of block `block` of the channels."""
+        return (image, block, row, column, lane)
+
+    def _output_at(self, image: Any, block: Any, row: Any, column: Any, lane: Any) -> tuple[Any, ...]:
+        """Give the place of an output number."""
+        return (image, block, row, column, lane)
+
+    def _read_input(self, *at: Any) -> Any:
+        return self.body.operand(self._input_at(*at))
+
+    def _read_weight(self, oc: Any, block: Any, r: Any, s: Any, channel: Any) -> Any:
+        """Read the weights of a block of output channels for one input channel and tap."""
+        return loops.widened(self.weight, oc, block, r, s, channel, 0, lanes=TILE_LINE)
+
+    def _ask_for_weight(self, oc: Any, number: Any) -> Any:
+        """Ask for the line with a weight of a block of output channels, in the order they lie in memory."""
+        return loops.prefetch(self.weight, oc, 0, 0, 0, 0, number)
 
     def _position(self, row: Any, column: Any) -> tuple[Any, Any]:
         """Give a pixel in the rows of the tensors, which those of the loops may not be."""

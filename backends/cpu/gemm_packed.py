@@ -205,7 +205,7 @@ def _known(kernel: Fused, target: Target) -> tuple[Node, DenseShape]:
 def _find(kernel: Fused, target: Target) -> tuple[Node, DenseShape] | None:
     """Give the layer and its sizes, if the kernel is one."""
     anchor = anchor_of(kernel, target, "dense", narrow=(1,))
-    if anchor is None or not isinstance(anchor.op, Dense):
+    if anchor is None or not isinstance(anchor.op, Dense) or anchor.op.algorithm != "direct":
         return None
     x, weight = anchor.inputs[0].type, anchor.inputs[1].type
     if x.layout is not None or weight.layout != weight_layout(2, 1, packed_block(target.vector_lanes)):

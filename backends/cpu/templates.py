@@ -8,6 +8,7 @@ from __future__ import annotations
 from cnnc.backends.cpu.attention import AttentionTemplate
 from cnnc.backends.cpu.conv_bf16x3 import ConvBf16x3
 from cnnc.backends.cpu.conv_direct import ConvDirect
+from cnnc.backends.cpu.dense_bf16x3 import DenseBf16x3
 from cnnc.backends.cpu.depthwise import Depthwise
 from cnnc.backends.cpu.gemm import DenseTemplate
 from cnnc.backends.cpu.gemm_packed import PackedDense
@@ -31,6 +32,7 @@ TEMPLATES: tuple[Template, ...] = (
     GlobalPool(),
     DenseTemplate(),
     PackedDense(),
+    DenseBf16x3(),
     MatMulTemplate(),
     AttentionTemplate(),
     NormTemplate(),

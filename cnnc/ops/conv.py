@@ -36,7 +36,7 @@ class Conv(Op):
     y[n,o,p] = b[o] + sum over i, k of x[n, g*I/groups + i, p*stride - pad + k*dilation] * w[o,i,k],  g the group of o
 
     Inputs x[N,I,...], w[O,I/groups,...], optionally b[O]; pad is (begin..., end...).  `algorithm` names how it is
-    computed ("direct", "winograd2", "winograd4").  With Winograd's, w is handed in transformed, as
+    computed ("direct", "bf16x3", "winograd2", "winograd4").  With Winograd's, w is handed in transformed, as
     winograd_weight{tile,stride}(w); what the convolution means stays the same.
     """
 

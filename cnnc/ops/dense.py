@@ -27,8 +27,11 @@ class Dense(Op):
 
     y[..., o] = b[o] + sum over i of x[..., i] * w[o, i]
 
-    Inputs x[...,I], w[O,I], optionally b[O].  PyTorch calls it Linear, ONNX has Gemm with transB.
+    Inputs x[...,I], w[O,I], optionally b[O].  PyTorch calls it Linear, ONNX has Gemm with transB.  `algorithm` names
+    how it is computed ("direct", "bf16x3"); what the layer means stays the same.
     """
+
+    algorithm: str = "direct"
 
     kind: ClassVar[Kind] = Kind.REDUCTION
 
