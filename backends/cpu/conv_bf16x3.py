@@ -47,8 +47,14 @@ def space(shape: ConvShape, machine: Machine) -> Iterator[MatrixParams]:
     ]
     blocks = sorted({-(-shape.oc_blocks // count) for count in (1, 2, 3, 4, 6, 8, 16) if count <= shape.oc_blocks})
     for row_count, oc_blocks in product(sorted({_in_tiles(shape, -(-rows // count)) for count in parts}), blocks):
-        for tiles in range(2, MOST_TILES + 1):
-            yield MatrixParams(row_count, tiles, oc_blocks)
+        for tiles, pairs in product(range(2, MOST_TILES + 1), _passes(shape)):
+            yield MatrixParams(row_count, tiles, oc_blocks, pairs)
+
+
+def _passes(shape: ConvShape) -> list[int]:
+    """Give the pairs of blocks of input channels to consider for a pass: all, or few where one tap reads each once."""
+    pairs = -(-shape.ic_blocks // 2)
+    return [0, *(few for few in (2, 4) if shape.kh * shape.kw == 1 and few < pairs and pairs % few == 0)]
 
 
 def _in_tiles(shape: ConvShape, pixels: int) -> int:
@@ -62,22 +68,28 @@ def cost(shape: ConvShape, params: MatrixParams, machine: Machine) -> float:
     shape = reshaped(shape)
     planes = Planes(shape, params.rows)
     pairs = -(-shape.ic_blocks // 2)
+    passes = pairs // params.pairs if params.pairs else 1
     steps = pairs * shape.kh * shape.kw
+    parts = PART_BYTES * planes.pixels * pairs / passes
     row_blocks, oc_slices = -(-shape.oh // params.rows), -(-shape.oc_blocks // params.oc_blocks)
     slices = shape.n * row_blocks * oc_slices
 
     groups = even_split(-(-planes.outputs // TILE_ROWS), params.tiles)
     products = sum(count * (steps * _step_cycles(size) + GROUP_CYCLES) for size, count in groups)
+    products *= 1.0 + FAR_PARTS * min(max(parts / (FAR_SHARE * machine.l2) - 0.5, 0.0), 1.0)
+    if passes > 1:
+        products += passes * (WAITING_TILE_CYCLES * planes.outputs / TILE_ROWS + FIRST_SPLIT_CYCLES)
     first = steps * SPLIT_CYCLES * TILE_ROWS * EXPOSED_SPLIT
     weights = shape.weight_bytes * steps * 2.0 * TILE_LINE * shape.block
     one = max(products + first, weights / machine.memory_bytes) + BLOCK_CYCLES
     one += planes.outputs * FINISH_CYCLES
     splitting = (SPLIT_CYCLES + shape.prologue) * planes.pixels * pairs
     total = splitting + one * params.oc_blocks + SLICE_CYCLES
-    resident = PART_BYTES * (planes.pixels * pairs + steps * TILE_ROWS) + 4.0 * planes.outputs * shape.block
+    resident = parts + PART_BYTES * steps / passes * TILE_ROWS + 4.0 * planes.outputs * shape.block
+    resident += 4.0 * planes.outputs * shape.block * params.oc_blocks if passes > 1 else 0.0
     if resident > L2_SHARE * machine.l2:
         spilled = min(resident / (L2_SHARE * machine.l2) - 1.0, 1.0)
-        total += spilled * params.oc_blocks * PART_BYTES * planes.pixels * pairs / machine.memory_bytes
+        total += spilled * params.oc_blocks * passes * parts / machine.memory_bytes
     moved = 4.0 * (shape.ic_blocks * rows_read(shape, params.rows) * shape.w + params.oc_blocks * planes.outputs)
     total += EXPOSED * moved * shape.block / machine.memory_bytes
     waves = -(-slices // machine.threads)
@@ -108,6 +120,12 @@ EXPOSED = 0.38
 
 FINISH_CYCLES = 2.6
 """Cycles to take a vector of sums through the epilogue."""
+
+FAR_PARTS, FAR_SHARE = 0.25, 0.36
+"""By how much products take longer whose parts take a share of L2: half of it does no harm yet."""
+
+WAITING_TILE_CYCLES, FIRST_SPLIT_CYCLES = 40.0, 100.0
+"""Cycles to write and read a tile of sums between passes, and to split the first weights of a pass."""
 
 BLOCK_CYCLES, SLICE_CYCLES = 264.0, 500.0
 """What starting a block of outputs costs, and a slice."""

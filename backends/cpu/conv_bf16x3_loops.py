@@ -40,12 +40,16 @@ class MatrixLoops:
         self.logical = shape
         self.shape = shape = reshaped(shape)
         self.planes = planes = Planes(shape, params.rows)
-        self.pairs = -(-shape.ic_blocks // 2)
+        pairs = -(-shape.ic_blocks // 2)
+        self.pairs = params.pairs or pairs
+        self.passes = pairs // self.pairs
         self.steps = self.pairs * shape.kh * shape.kw
         # The last tile may go on beyond the last plane.
         self.input = loops.buffer("input", (PARTS * self.pairs * planes.pixels + TILE_ROWS, TILE_LINE), "uint32")
         self.weights = loops.buffer("weights", (self.steps, PARTS, TILE_ROWS, TILE_LINE), "uint32")
         self.sums = loops.buffer("sums", (params.tiles * TILE_ROWS, TILE_LINE))
+        waiting = (params.oc_blocks, -(-planes.outputs // TILE_ROWS) * TILE_ROWS, TILE_LINE)
+        self.waiting = loops.buffer("waiting", waiting)
 
     def function(self) -> Any:
         """Make the PrimFunc."""
@@ -66,26 +70,30 @@ class MatrixLoops:
         first = block * params.rows
         left = shape.oh % params.rows
 
-        def one_block(index: Any) -> Any:
-            oc = first_oc + index
-            outputs = self._outputs(image, oc, index, first, params.rows)
+        def one_block(number: Any, index: Any) -> Any:
+            place = (image, first_oc + index, index, number)
+            outputs = self._outputs(*place, first, params.rows)
             if left:
-                fewer = self._outputs(image, oc, index, first, left)
-                outputs = loops.when(first + params.rows <= shape.oh, outputs, fewer)
+                outputs = loops.when(first + params.rows <= shape.oh, outputs, self._outputs(*place, first, left))
             return outputs
+
+        def one_pass(number: Any) -> Any:
+            return loops.sequence(
+                self._split_input(image, first, number), loops.loop(blocks, lambda i: one_block(number, i), "oc")
+            )
 
         blocks: Any = params.oc_blocks
         if shape.oc_blocks % params.oc_blocks:
             blocks = tirx.min(loops.const(params.oc_blocks), shape.oc_blocks - first_oc)
+        buffers = [self.input, self.weights, self.sums] + [self.waiting] * (self.passes > 1)
         return loops.sequence(
-            *(loops.alloc(buffer) for buffer in (self.input, self.weights, self.sums)),
-            amx.configured(loops.sequence(self._split_input(image, first), loops.loop(blocks, one_block, "oc"))),
+            *(loops.alloc(buffer) for buffer in buffers), amx.configured(loops.loop(self.passes, one_pass, "pass"))
         )
 
     # Splitting
 
-    def _split_input(self, image: Any, first: Any) -> Any:
-        """Write the parts of the input of a slice, padding among them, into the planes."""
+    def _split_input(self, image: Any, first: Any, number: Any) -> Any:
+        """Write the parts of the input of a pass over a slice, padding among it, into the planes."""
         shape, planes = self.shape, self.planes
 
         def one_plane(pair: Any, down: int, across: int) -> Any:
@@ -102,7 +110,7 @@ class MatrixLoops:
 
                 def read(column: Any) -> Any:
                     x_column = column * shape.stride[1] + across - shape.pad[1]
-                    return self._split_pixel(image, pair, x_row, x_column, at(column))
+                    return self._split_pixel(image, number, pair, x_row, x_column, at(column))
 
                 def blank(count: int, begin: int) -> Any:
                     return (
@@ -141,14 +149,15 @@ class MatrixLoops:
         )
         return shape.pad[0] == 0 and last < shape.h
 
-    def _split_pixel(self, image: Any, pair: Any, row: Any, column: Any, at: Any) -> Any:
+    def _split_pixel(self, image: Any, number: Any, pair: Any, row: Any, column: Any, at: Any) -> Any:
         """Write the parts of two blocks of channels of a pixel."""
         found = loops.buffer("found", (2, TILE_LINE), scope="local")
         position = self._position(row, column)
+        block = (number * self.pairs + pair) * 2
 
         def read(half: int) -> Any:
             def lane(c: Any) -> Any:
-                return loops.store(found, self._read_input(image, pair * 2 + half, *position, c), half, c)
+                return loops.store(found, self._read_input(image, block + half, *position, c), half, c)
 
             return loops.vectorized(TILE_LINE, lane)
 
@@ -158,7 +167,7 @@ class MatrixLoops:
 
         second = read(1)
         if self.shape.ic_blocks % 2:
-            second = loops.when(pair * 2 + 1 < self.shape.ic_blocks, second, nothing())
+            second = loops.when(block + 1 < self.shape.ic_blocks, second, nothing())
         low, high = (loops.load(found, half, 0, lanes=TILE_LINE) for half in range(2))
         return loops.sequence(loops.alloc(found), read(0), second, self._put_parts(paired_parts(low, high), pair, at))
 
@@ -177,15 +186,15 @@ class MatrixLoops:
         """Give where the staged input has a part of a pixel."""
         return (pair * PARTS + part) * self.planes.pixels + pixel
 
-    def _split_weights(self, oc: Any, step: Any, begin: int = 0, end: int = TILE_ROWS) -> Any:
-        """Write the parts of the weights of a block of output channels for a step of the products, or some of them."""
+    def _split_weights(self, oc: Any, number: Any, step: Any, begin: int = 0, end: int = TILE_ROWS) -> Any:
+        """Write the parts of the weights of a block of output channels for a step of a pass, or some of them."""
         shape = self.shape
         taps = shape.kh * shape.kw
-        pair, r, s = step // taps, step % taps // shape.kw, step % shape.kw
+        block, r, s = (number * self.pairs + step // taps) * 2, step % taps // shape.kw, step % shape.kw
 
         def one(channel: Any) -> Any:
             def read(half: int) -> Any:
-                return self._read_weight(oc, pair * 2 + half, r, s, channel)
+                return self._read_weight(oc, block + half, r, s, channel)
 
             def put(parts: Any) -> Any:
                 return loops.sequence(
@@ -199,49 +208,78 @@ class MatrixLoops:
             if not shape.ic_blocks % 2:
                 return both
             zero = tirx.Broadcast(tirx.const(0.0, "float32"), TILE_LINE)
-            return loops.when(pair * 2 + 1 < shape.ic_blocks, both, put(paired_parts(read(0), zero)))
+            return loops.when(block + 1 < shape.ic_blocks, both, put(paired_parts(read(0), zero)))
 
         return loops.unrolled(end - begin, one, "channel", begin)
 
-    def _ask_for_weights(self, oc: Any, step: Any, begin: int, end: int) -> Any:
-        """Ask for weights of the step that is `AHEAD` of this one."""
+    def _ask_for_weights(self, oc: Any, number: Any, step: Any, begin: int, end: int) -> Any:
+        """Ask for weights of the step that is `AHEAD` of this one; where there are passes, of the next block's."""
         line = 64 // self.shape.weight_bytes
         lines = self.shape.block * 2 * TILE_LINE // line
 
-        def ask(number: Any) -> Any:
-            return self._ask_for_weight(oc, ((step + AHEAD) * lines + number) * line)
+        ahead = step + AHEAD if self.passes == 1 else number * self.steps + step
+
+        def ask(which: Any) -> Any:
+            return self._ask_for_weight(oc + (self.passes > 1), (ahead * lines + which) * line)
 
         first, last = begin * lines // TILE_ROWS, end * lines // TILE_ROWS
         return loops.unrolled(last - first, ask, "line", first)
 
-    def _ask_for_input(self, image: Any, first: Any, done: Any, tiles: int) -> Any:
-        """Ask for a share of the input rows that the next slice reads, `done` tiles being multiplied so far."""
+    def _ask_for_input(self, image: Any, number: Any, first: Any, done: Any, tiles: int) -> Any:
+        """Ask for a share of the input that the next pass or slice reads, `done` tiles being multiplied so far."""
         shape, planes = self.shape, self.planes
         pixels = self.params.rows * shape.stride[0] * shape.w
-        lines = shape.ic_blocks * pixels
-        share = -(-lines // (self.params.oc_blocks * self.steps * tiles))
-        if self.x is None or share > MOST_ASKED or self.params.rows >= shape.oh:
+        blocks = shape.ic_blocks if self.passes == 1 else 2 * self.pairs
+        share = -(-blocks * pixels // (self.params.oc_blocks * self.steps * tiles))
+        if self.x is None or share > MOST_ASKED or (self.passes == 1 and self.params.rows >= shape.oh):
             return None
-        start = (first * shape.stride[0] + planes.height * shape.stride[0] - shape.pad[0]) * shape.w
+        after = planes.height if self.passes == 1 else 0
+        start = ((first + after) * shape.stride[0] - shape.pad[0]) * shape.w
+        first_block = (number + 1) * blocks if self.passes > 1 else 0
 
-        def ask(number: int) -> Any:
-            line = done * share + number
+        def ask(which: int) -> Any:
+            line = done * share + which
             pixel = start + line % pixels
-            at = self._input_at(image, line // pixels, *self._position(pixel // shape.w, pixel % shape.w), 0)
-            return loops.prefetch(self.x, *at)
+            position = self._position(pixel // shape.w, pixel % shape.w)
+            return loops.prefetch(self.x, *self._input_at(image, first_block + line // pixels, *position, 0))
 
-        return loops.sequence(*(ask(number) for number in range(share)))
+        return loops.sequence(*(ask(which) for which in range(share)))
+
+    def _ask_for_outputs(self, image: Any, oc: Any, first: Any, number: Any, step: Any, pixel: Any) -> Any:
+        """Ask for a share of the output lines of a tile, and of what the epilogue reads beside sums, a residual say.
+
+        So the cores that had them are asked, or memory, while the sums are not known yet.
+        """
+        shape, width = self.shape, self.planes.width
+        beside = [x for x in self.body.inputs if x not in (self.x, self.weight) and x.shape == self.y.shape]
+        share = -(-TILE_ROWS // self.steps)
+        if not is_flat(shape):
+            return None
+
+        def ask(which: int) -> Any:
+            here = pixel + step * share + which
+            at = self._output_at(image, oc, *self._position(first + here // width, here % width), 0)
+            return loops.sequence(
+                loops.prefetch(self.y, *at, write=True), *(loops.prefetch(operand, *at) for operand in beside)
+            )
+
+        asked = loops.sequence(*(ask(which) for which in range(share)))
+        if self.steps > TILE_ROWS:
+            asked = loops.when(step < TILE_ROWS, asked)
+        return asked if self.passes == 1 else loops.when(number == self.passes - 1, asked)
 
     # Multiplying
 
-    def _outputs(self, image: Any, oc: Any, index: Any, first: Any, rows: int) -> Any:
-        """Compute a block of output channels, of the slice number `index`, on `rows` rows, some tiles at a time."""
+    def _outputs(self, image: Any, oc: Any, index: Any, number: Any, first: Any, rows: int) -> Any:
+        """Compute block `index` of a slice's output channels in pass `number`, on `rows` rows, some tiles at a time."""
         tiles = -(-((rows - 1) * self.planes.width + self.shape.ow) // TILE_ROWS)
 
         def next_weights(step: Any, part: int, parts: int) -> Any:
             following = tirx.min(step + 1, loops.const(self.steps - 1))
             share = (part * TILE_ROWS // parts, (part + 1) * TILE_ROWS // parts)
-            return loops.sequence(self._ask_for_weights(oc, step, *share), self._split_weights(oc, following, *share))
+            return loops.sequence(
+                self._ask_for_weights(oc, number, step, *share), self._split_weights(oc, number, following, *share)
+            )
 
         def nothing(step: Any, part: int, parts: int) -> Any:
             return None
@@ -251,21 +289,38 @@ class MatrixLoops:
 
             def beside(step: Any, part: int, parts: int) -> Any:
                 done = (index * self.steps + step) * tiles + tile + part
-                return loops.sequence(also(step, part, parts), self._ask_for_input(image, first, done, tiles))
+                return loops.sequence(
+                    also(step, part, parts),
+                    self._ask_for_input(image, number, first, done, tiles),
+                    self._ask_for_outputs(image, oc, first, number, step, pixel + part * TILE_ROWS),
+                )
 
-            return loops.sequence(
-                *(amx.zero(number) for number in range(count)),
-                self._products(pixel, count, beside),
-                *(amx.store(number, self.sums, number * TILE_ROWS, 0) for number in range(count)),
+            def each(instruction: Callable[..., Any], buffer: Any, *at: Any) -> Any:
+                *outer, row = at
+                return loops.sequence(
+                    *(instruction(t, buffer, *outer, row + t * TILE_ROWS, 0) for t in range(count)),
+                )
+
+            zeros = loops.sequence(*(amx.zero(t) for t in range(count)))
+            finish = loops.sequence(
+                each(amx.store, self.sums, loops.const(0)),
                 self._finish(image, oc, first, rows, pixel, count * TILE_ROWS),
+            )
+            products = self._products(pixel, count, beside)
+            if self.passes == 1:
+                return loops.sequence(zeros, products, finish)
+            return loops.sequence(
+                loops.when(number == 0, zeros, each(amx.load, self.waiting, index, pixel)),
+                products,
+                loops.when(number == self.passes - 1, finish, each(amx.store, self.waiting, index, pixel)),
             )
 
         def groups(first_tile: int, size: int, count: int) -> Any:
-            return loops.loop(count, lambda number: group(first_tile + number * size, size), "group") if count else None
+            return loops.loop(count, lambda i: group(first_tile + i * size, size), "group") if count else None
 
         (size, count), *smaller = even_split(tiles, self.params.tiles)
         return loops.sequence(
-            self._split_weights(oc, loops.const(0)),
+            self._split_weights(oc, number, loops.const(0)),
             group(loops.const(0), size, next_weights),
             groups(size, size, count - 1),
             *(groups(size * count, *part) for part in smaller),

@@ -16,12 +16,14 @@ class MatrixParams:
     """Tile sizes.
 
     A slice computes `oc_blocks` blocks of output channels on `rows` rows, or pixels of a 1x1 convolution, of which
-    `tiles` tiles of 16 pixels are in registers at a time.
+    `tiles` tiles of 16 pixels are in registers at a time.  `pairs`: pairs of blocks of input channels in a pass over
+    the slice, whose parts then stay near, while memory holds the sums of earlier passes (0: all in one).
     """
 
     rows: int
     tiles: int
     oc_blocks: int
+    pairs: int = 0
 
 
 def is_pointwise(shape: ConvShape) -> bool:

@@ -119,11 +119,11 @@ def store(target: Any, value: Any, *indices: Any, lanes: int = 1) -> Any:
     return tirx.BufferStore(target, value, _indices(indices, lanes))
 
 
-def prefetch(source: Any, *indices: Any) -> Any:
-    """Ask for the cache line of an element; an address beyond the buffer does no harm."""
+def prefetch(source: Any, *indices: Any, write: bool = False) -> Any:
+    """Ask for the cache line of an element, to `write` it perhaps; an address beyond the buffer does no harm."""
     address = tirx.address_of(load(source, *indices))
-    read, keep_near, data = (tirx.const(number, "int32") for number in (0, 2, 1))
-    return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch.p0", address, read, keep_near, data))
+    intent, keep_near, data = (tirx.const(number, "int32") for number in (int(write), 2, 1))
+    return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch.p0", address, intent, keep_near, data))
 
 
 def function(params: Sequence[Any], body: Any) -> Any:

@@ -75,6 +75,14 @@ def test_every_schedule_is_right(call_kernel: Any, cpu: Any, name: str) -> None:
         check(call_kernel, cpu, SHAPES[name], params)
 
 
+@pytest.mark.parametrize("name", ["1x1", "asymmetric padding", "channels beside the block", "batch of 3, odd rows"])
+def test_sums_are_right_that_wait_for_further_passes(call_kernel: Any, cpu: Any, name: str) -> None:
+    """One pair of blocks of input channels a pass: with a residual, pad lanes, and pixels between the rows."""
+    shape = replace(SHAPES[name], ic=SHAPES[name].ic + 64)
+    rows = 30 if name == "1x1" else 3
+    check(call_kernel, cpu, shape, MatrixParams(rows, tiles=3, oc_blocks=2, pairs=1), pieces=2)
+
+
 def test_equal_shapes_are_equal(call_kernel: Any, cpu: Any) -> None:
     """A shape that is equal to an earlier one, but another object, is computed the same way."""
     for _ in range(2):

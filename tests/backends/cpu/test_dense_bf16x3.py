@@ -1,0 +1,90 @@
+"""Fully connected layers on matrix tiles against float64, on emulated tile registers, and real ones where there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cnnc
+from cnnc.backends.cpu import conv_bf16x3, dense_bf16x3
+from cnnc.backends.cpu.body import Body, plain_body
+from cnnc.backends.cpu.conv_bf16x3_shape import MatrixParams
+from cnnc.backends.cpu.gemm import DenseShape
+from cnnc.backends.cpu.gemm_packed import weight_shape
+from cnnc.backends.cpu.machine import AVX512
+from cnnc.ir.build import call
+from cnnc.ir.graph import Graph
+from cnnc.ir.interp import run
+from cnnc.ir.layout import Layout
+from cnnc.ops import Add, Dense, constant, graph_input
+from tests.backends.cpu import tiles
+from tests.backends.cpu.conftest import TEST_CPU
+
+
+@pytest.fixture(params=["emulated", "real"])
+def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Give the CPU to compile for, with emulated registers or real ones."""
+    if request.param == "emulated":
+        tiles.emulate(monkeypatch)
+        yield TEST_CPU
+    elif tiles.present():
+        yield tiles.SAPPHIRE_RAPIDS
+    else:
+        pytest.skip("this CPU has no tile registers")
+
+
+def with_bias(shape: DenseShape) -> Body:
+    from tvm import te
+
+    bias = te.placeholder((shape.outputs,), name="bias")
+
+    def apply(anchor: Any) -> Any:
+        return te.compute(anchor.shape, lambda *i: anchor(*i) + bias(i[-1]), name="biased")
+
+    operands = [(*shape.leading, shape.inputs), weight_shape(shape)]
+    return plain_body(operands, (*shape.leading, shape.outputs), (bias,), apply)
+
+
+@pytest.mark.parametrize("pairs", [0, 1])
+@pytest.mark.parametrize(
+    ("leading", "inputs", "outputs"),
+    [((17,), 64, 32), ((2, 19), 48, 80), ((1, 33, 2), 96, 16), ((70,), 160, 144)],
+)
+def test_rows_against_float64(
+    call_kernel: Any, cpu: Any, leading: tuple[int, ...], inputs: int, outputs: int, pairs: int
+) -> None:
+    shape = DenseShape(leading, inputs, outputs)
+    rng = np.random.default_rng(inputs)
+    x = rng.standard_normal((*leading, inputs), np.float32)
+    w = rng.standard_normal((outputs, inputs), np.float32)
+    b = rng.standard_normal(outputs, np.float32)
+    convolution = dense_bf16x3.convolution(shape)
+    chosen = min(conv_bf16x3.space(convolution, AVX512), key=lambda p: conv_bf16x3.cost(convolution, p, AVX512))
+    params = MatrixParams(chosen.rows, chosen.tiles, chosen.oc_blocks, pairs)
+    func = dense_bf16x3.build(shape, params, with_bias(shape))
+    got = call_kernel(func, [x, Layout("OI64o").pack(w), b], (*leading, outputs), 2, cpu)
+    wanted = x.astype(np.float64) @ w.T.astype(np.float64) + b
+    assert np.linalg.norm(got - wanted) <= 4e-7 * np.linalg.norm(wanted)
+
+
+def test_a_layer_takes_tiles_unless_exact() -> None:
+    """The whole way of a layer of many rows, its residual added in the same kernel."""
+    rng = np.random.default_rng(0)
+    x = graph_input("x", (2, 50, 192))
+    w = constant(rng.standard_normal((192, 192)).astype(np.float32) / 14)
+    y = call(Add(), call(Dense(), x, w, constant(rng.standard_normal(192).astype(np.float32))), x)
+    graph = Graph("layer", (x,), (y,))
+    data = rng.standard_normal((2, 50, 192)).astype(np.float32)
+    (wanted,) = run(graph, [data], precise=True)
+    fast = cnnc.compile(graph, target="cpu:sapphirerapids")
+    assert [kernel.algorithm for kernel in fast.kernels] == ["dense_bf16x3"]
+    exact = cnnc.compile(graph, target="cpu:sapphirerapids", exact=True)
+    assert [kernel.algorithm for kernel in exact.kernels] == ["dense_packed"]
+    if not tiles.present():
+        pytest.skip("this CPU has no tile registers")
+    for module in (fast, exact):
+        (got,) = module.run({"x": data}).values()
+        assert np.linalg.norm(got - wanted) <= 4e-7 * np.linalg.norm(wanted)
