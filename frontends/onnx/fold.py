@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from onnx.reference import ReferenceEvaluator
 
 from cnnc.errors import CnncError, LimitError, ModelError
 from cnnc.frontends.onnx.node import OnnxNode
@@ -235,6 +234,9 @@ def fold_by_reference(node: OnnxNode, inputs: Sequence[Value | None]) -> list[Va
     known = [array for array in arrays if array is not None]
     if bound is None or node.domain or not known or len(known) != sum(value is not None for value in inputs):
         return None
+    # Takes longer to import than most models to read, and few need it.
+    from onnx.reference import ReferenceEvaluator
+
     try:
         check_planned(bound(known), node.limits)
         proto = node.resolved_proto()
