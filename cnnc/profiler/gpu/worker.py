@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cnnc.backends.host.library import Context, LoadedVariant, SharedModel
+from cnnc.backends.host.library import LoadedVariant, SharedModel
 from cnnc.ir.types import DType
 from cnnc.ops.example_graph import TOLERANCE, difference
 from cnnc.profiler.accuracy import relative_error
@@ -43,28 +43,27 @@ def run_job(folder: Path, job: Job, peers: tuple[str, ...], seconds: float) -> d
     inputs = load_arrays(folder, job, "x", [_numpy(port.dtype) for port in model.inputs])
     wanted = load_arrays(folder, job, "y", [_numpy(port.dtype) for port in model.outputs])
     batches = []
-    with model.create() as context:
-        for variant in model.variants:
-            batches.append(_run_variant(model, context, variant, job, inputs, wanted, peers, seconds))
+    for variant in model.variants:
+        given = [repeated(flat, port.shape) for flat, port in zip(inputs, variant.inputs, strict=True)]
+        expected = [repeated(flat, port.shape) for flat, port in zip(wanted, variant.outputs, strict=True)]
+        batches.append(_run_variant(model, variant, job, given, expected, peers, seconds))
     reasons = [batch["reason"] for batch in batches if batch["reason"]]
     return {"status": "differs" if reasons else "agrees", "reason": "; ".join(reasons), "batches": batches}
 
 
 def _run_variant(
     model: SharedModel,
-    context: Context,
     variant: LoadedVariant,
     job: Job,
-    inputs: Sequence[np.ndarray],
-    wanted: Sequence[np.ndarray],
+    given: Sequence[np.ndarray],
+    expected: Sequence[np.ndarray],
     peers: tuple[str, ...],
     seconds: float,
 ) -> dict[str, Any]:
     """Run one batch size from the host's memory and from the GPU's, which must agree bit for bit."""
-    given = [repeated(flat, port.shape) for flat, port in zip(inputs, variant.inputs, strict=True)]
-    expected = [repeated(flat, port.shape) for flat, port in zip(wanted, variant.outputs, strict=True)]
     result: dict[str, Any] = {"batch": variant.batch, "engines": {}, "missing": {}}
-    from_host = context.run(given, variant.batch)
+    with model.create() as context:
+        from_host = context.run(given, variant.batch)
     with DeviceArtifact(model, variant, given) as device:
         device.start()
         on_gpu = device.outputs()
