@@ -143,7 +143,7 @@ SLICE_CYCLES = 60.0
 @lru_cache(4096)
 def _row_cycles(shape: ConvShape, pixels: int, group: int, passes: int, machine: Machine) -> float:
     """Count the cycles of arithmetic for one row of pixels by one group of output vectors."""
-    terms = shape.ic_blocks * shape.inner * _mean_taps(shape)
+    terms = (shape.ic // shape.groups if passes == 1 else shape.ic_blocks * shape.inner) * _mean_taps(shape)
     cycles = 0.0
     for segment in segments_of(shape, pixels):
         for vectors, count in machine.vector_parts(segment.pixels, group):

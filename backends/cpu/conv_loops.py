@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import accumulate, product
-from typing import Any
+from typing import Any, NamedTuple
 
 from tvm import tirx
 
@@ -17,6 +17,14 @@ from cnnc.backends.cpu.segments import Run, Segment
 from cnnc.backends.cpu.staged_rows import StagedRows
 
 __all__ = ["ConvLoops"]
+
+
+class _Channels(NamedTuple):
+    """A block of input channels: its number in the input and in the weight, and how many of its lanes to add up."""
+
+    source: Any
+    weight: Any
+    lanes: int
 
 
 class ConvLoops:
@@ -137,13 +145,21 @@ class ConvLoops:
 
         group_channel = 0 if self.staged else self._group(oc) * shape.ic_blocks
 
-        def reduce(index: Any) -> Any:
+        def reduce(index: Any, lanes: int = shape.inner) -> Any:
             channel = first_channel + index
+            channels = _Channels(group_channel + channel, channel, lanes)
             return t.sequence(
                 self._ask_for_weights(oc, vectors, segment, channel, number),
                 self._ask_for_operands(vectors, segment, channel, at),
-                self._kernel_rows(sums, image, oc, row, column, segment, group_channel + channel, channel),
+                self._kernel_rows(sums, image, oc, row, column, segment, channels),
             )
+
+        def reduce_all() -> Any:
+            """Add up all blocks; where it is known which is the last, without the lanes that pad it."""
+            last = self.channels - 1
+            if shape.last_inner == shape.inner or self.channels != shape.ic_blocks:
+                return t.loop(self.channels, reduce, "channel")
+            return t.sequence(t.loop(last, reduce, "channel") if last else None, reduce(last, shape.last_inner))
 
         def at(place: tuple[int, ...], lane: Any) -> tuple[Any, ...]:
             v, p = place
@@ -163,7 +179,7 @@ class ConvLoops:
             return t.unrolled(vectors, lambda v: t.unrolled(segment.pixels, lambda p: body(v, p), "p"), "v")
 
         # A tile that reads nothing but padding has no runs.
-        products = t.loop(self.channels, reduce, "channel") if segment.runs else None
+        products = reduce_all() if segment.runs else None
         finished = finish(list(product(range(vectors), range(segment.pixels))), block, value, store)
         if self.channels == shape.ic_blocks:
             return t.sequence(t.alloc(sums), each(start), products, finished)
@@ -213,7 +229,7 @@ class ConvLoops:
         return flat // self.logical.w, flat % self.logical.w
 
     def _kernel_rows(
-        self, sums: Any, image: Any, oc: Any, row: Any, column: Any, segment: Segment, x_channel: Any, channel: Any
+        self, sums: Any, image: Any, oc: Any, row: Any, column: Any, segment: Segment, channels: _Channels
     ) -> Any:
         """Loop over the kernel rows that read input rows, not padding."""
         t, shape = self.t, self.shape
@@ -223,7 +239,7 @@ class ConvLoops:
         def kernel_row(tap: Any) -> Any:
             x_row = top + tap * dilation
             return t.sequence(
-                *(self._run(sums, (image, x_channel, x_row), (oc, channel, tap), column, run) for run in segment.runs)
+                *(self._run(sums, (image, x_row), (oc, tap), channels, column, run) for run in segment.runs)
             )
 
         lowest = (shape.oh - 1) * stride - pad + (shape.kh - 1) * dilation
@@ -234,48 +250,55 @@ class ConvLoops:
         last = tirx.min(t.const(shape.kh), (rows - top + dilation - 1) // dilation)
         return t.loop(last - first, kernel_row, "kernel_row", first)
 
-    def _run(self, sums: Any, x_at: tuple[Any, ...], w_at: tuple[Any, ...], column: Any, run: Run) -> Any:
+    def _run(
+        self, sums: Any, x_at: tuple[Any, Any], w_at: tuple[Any, Any], channels: _Channels, column: Any, run: Run
+    ) -> Any:
         """Add what a run of kernel columns contributes."""
         t, shape = self.t, self.shape
-        inner, block = shape.inner, shape.block
-        vectors = int(sums.shape[0])
-        image, x_channel, row = x_at
-        oc, channel, kernel_row = w_at
+        block = shape.block
+        vectors, pixels = int(sums.shape[0]), run.end - run.begin
+        image, row = x_at
+        oc, kernel_row = w_at
 
         def taps(count: int, first: Any) -> Any:
-            """Run over kernel columns that read neighbouring pixels: those and inner channels are one axis."""
+            """Run over kernel columns that read neighbouring pixels."""
             origin = column * shape.stride[1] - shape.pad[1] + first * shape.dilation[1]
 
-            def term(k: Any) -> Any:
+            def term(tap: Any, lane: Any) -> Any:
                 def one(p: Any, v: Any) -> Any:
-                    x = self._input(image, x_channel, row, origin + p * shape.stride[1], k)
-                    lane = () if shape.plain_input else (k % inner,)
-                    w = t.widened(self.weight, oc + v, channel, kernel_row, first + k // inner, *lane, 0, lanes=block)
+                    x = self._input(image, channels.source, row, origin + p * shape.stride[1] + tap, lane)
+                    w_lane = () if shape.plain_input else (lane,)
+                    at = (oc + v, channels.weight, kernel_row, first + tap, *w_lane, 0)
+                    w = t.widened(self.weight, *at, lanes=block)
                     total = t.load(sums, v, p, 0, lanes=block) + tirx.Broadcast(x, block) * w
                     return t.store(sums, total, v, p, 0, lanes=block)
 
-                pixels = run.end - run.begin
                 # The innermost loop runs over the smaller side, whose operands stay in registers.
                 if vectors > pixels:
                     return t.unrolled(vectors, lambda v: t.unrolled(pixels, lambda p: one(p, v), "p", run.begin), "v")
                 return t.unrolled(pixels, lambda p: t.unrolled(vectors, lambda v: one(p, v), "v"), "p", run.begin)
 
-            length = count * inner
-            step = math.gcd(length, UNROLL)
-            return t.loop(length // step, lambda k: t.unrolled(step, lambda u: term(k * step + u)), "k")
+            def along(length: int, number: Any) -> Any:
+                step = math.gcd(length, UNROLL)
+                return t.loop(length // step, lambda k: t.unrolled(step, lambda u: number(k * step + u)), "k")
+
+            lanes = channels.lanes
+            if lanes == shape.inner:
+                # Those and the lanes are one axis.
+                return along(count * lanes, lambda k: term(k // lanes, k % lanes))
+            return t.loop(count, lambda tap: along(lanes, lambda lane: term(tap, lane)), "kernel_column")
 
         if shape.dilation[1] == 1:
             return taps(run.last - run.first, t.const(run.first))
         return t.loop(run.last - run.first, lambda tap: taps(1, tap), "kernel_column", run.first)
 
-    def _input(self, image: Any, channel: Any, row: Any, column: Any, k: Any) -> Any:
-        """Read the input value `k` channels, and pixels beyond them, after the first channel of a pixel."""
+    def _input(self, image: Any, channel: Any, row: Any, column: Any, lane: Any) -> Any:
+        """Read a number of the input, or of the rows computed from it."""
         if self.shape.plain_input:
-            return self.t.load(self.x, image, channel, *self._position(row, column + k))
-        lanes = self.shape.block
+            return self.t.load(self.x, image, channel, *self._position(row, column))
         if self.staged is not None:
-            return self.staged.load(channel, row, column + k // lanes, k % lanes)
-        return self.t.load(self.x, image, channel, *self._position(row, column + k // lanes), k % lanes)
+            return self.staged.load(channel, row, column, lane)
+        return self.t.load(self.x, image, channel, *self._position(row, column), lane)
 
 
 LINE = 16

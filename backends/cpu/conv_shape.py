@@ -62,6 +62,11 @@ class ConvShape:
         return 1 if self.plain_input else self.block
 
     @property
+    def last_inner(self) -> int:
+        """Input channels in the last block of a group; the rest of it is padding."""
+        return (self.ic // self.groups - 1) % self.inner + 1
+
+    @property
     def input_shape(self) -> tuple[int, ...]:
         """The physical shape of the input."""
         shape = (self.n, self.ic_blocks * self.groups, self.h, self.w)
