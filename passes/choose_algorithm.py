@@ -164,7 +164,11 @@ def _bf16x3_applies(node: Node, target: Target) -> bool:
         return False
     if op.groups > 1 or x.dtype is not DType.F32 or node.types[0].elements == 0:
         return False
-    return w.shape[1] >= FEWEST_CHANNELS and bool(np.isfinite(w).all())
+    return w.shape[1] >= PAIR and bool(np.isfinite(w).all())
+
+
+PAIR = 32
+"""Input channels that are multiplied at a time; direct kernels leave out those that are not there."""
 
 
 def _bf16x3_seconds(node: Node, target: Target, stored: DType) -> float:
@@ -176,17 +180,18 @@ def _bf16x3_seconds(node: Node, target: Target, stored: DType) -> float:
     reach = op.dilation[1] * (kw - 1) // op.stride[1]
     tiles = n * -(-((height - 1) * (width + reach) + width) // 16)
     pixels = node.inputs[0].type.elements // ic
-    seconds = _tile_seconds(tiles, pixels, -(-ic // 32), kh * kw, -(-oc // 16))
+    seconds = _tile_seconds(tiles, pixels, -(-ic // PAIR), kh * kw, -(-oc // 16), stored)
     return _together(seconds, _reading(stored.itemsize * w.elements, target)) + _moving(node, target)
 
 
-def _tile_seconds(tiles: int, pixels: int, pairs: int, taps: int, oc_blocks: int) -> float:
+def _tile_seconds(tiles: int, pixels: int, pairs: int, taps: int, oc_blocks: int, stored: DType) -> float:
     """Give the seconds for products of tiles of outputs, and for splitting the input and the weights they are of."""
-    products = pairs * taps * oc_blocks * (TILE_CYCLES * tiles + SPLIT_WEIGHTS)
+    number = {DType.BF16: 3, DType.F16: 5}.get(stored, 6)
+    products = pairs * taps * oc_blocks * (TILE_CYCLES * number * tiles + SPLIT_WEIGHTS)
     return (products + SPLIT_CYCLES * pixels * pairs) / CYCLES_A_SECOND
 
 
-def is_for_tiles(node: Node, target: Target) -> bool:
+def is_for_tiles(node: Node, target: Target, stored: DType) -> bool:
     """Whether a fully connected layer takes less time on tiles: of many rows, whole lines, and known, finite weights.
 
     The weight is packed in any case, so graphs that share it need not agree.
@@ -197,7 +202,7 @@ def is_for_tiles(node: Node, target: Target) -> bool:
     (outputs, inputs), rows = w.shape, math.prod(x.static_shape[:-1])
     if rows < FEWEST_ROWS or not inputs or inputs % 16 or outputs % 16 or not np.isfinite(w).all():
         return False
-    seconds = _tile_seconds(-(-rows // 16), rows, -(-inputs // 32), 1, outputs // 16)
+    seconds = _tile_seconds(-(-rows // 16), rows, -(-inputs // PAIR), 1, outputs // 16, stored)
     return seconds < BF16X3_MARGIN * 2.0 * rows * w.size / (2 * target.vector_lanes * FMA_A_SECOND)
 
 
@@ -209,8 +214,8 @@ BF16X3_ERROR, BF16X3_MARGIN = 6.0, 0.95
 CYCLES_A_SECOND = 3.0e9
 """Cycles of a core in which it gives `FMA_A_SECOND`."""
 
-TILE_CYCLES, SPLIT_CYCLES, SPLIT_WEIGHTS = 137.0, 29.0, 84.0
-"""Cycles for six products of tiles, to split 32 numbers into parts, and what splitting a tile of weights adds."""
+TILE_CYCLES, SPLIT_CYCLES, SPLIT_WEIGHTS = 23.0, 29.0, 84.0
+"""Cycles for a product of tiles, to split 32 numbers into parts, and what splitting a tile of weights adds."""
 
 ALGORITHMS: tuple[Algorithm, ...] = (
     Algorithm("direct", error=2.2, applies=lambda node, target: True, seconds=_direct_seconds, exact=True),
@@ -307,7 +312,7 @@ class ChooseAlgorithm(Pass):
                     transform = _transform_of(best, conv)
                     weight = w if transform is None else call(transform, w)
                     return call(replace(conv, algorithm=best), x, weight, *bias)
-                case Node(Dense(algorithm="direct") as dense) if tiles and is_for_tiles(v.node, target):
+                case Node(Dense(algorithm="direct") as dense) if tiles and is_for_tiles(v.node, target, self.weights):
                     return call(replace(dense, algorithm="bf16x3"), *v.inputs)
             return None
 

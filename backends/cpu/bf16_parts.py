@@ -15,23 +15,18 @@ from typing import Any
 
 from tvm import tirx
 
-__all__ = ["PARTS", "PRODUCTS", "paired_parts"]
+__all__ = ["paired_parts"]
 
-PARTS = 3
-"""Parts of a number."""
-
-PRODUCTS = ((0, (0, 1, 2)), (1, (0, 1)), (2, (0,)))
-"""For each part of x the parts of w it is multiplied by; the other products are too small to count."""
 
 _HIGH = 0xFFFF0000
 
 
-def paired_parts(low: Any, high: Any) -> Sequence[Any]:
-    """Give the parts of two vectors of float32: for each part, a vector of uint32 with a bf16 of both in each lane."""
+def paired_parts(low: Any, high: Any, count: int) -> Sequence[Any]:
+    """Give `count` parts of two vectors of float32: for each, a vector of uint32 with a bf16 of both in each lane."""
     pairs = []
-    for part in range(PARTS):
+    for part in range(count):
         pairs.append(_pair(low, high))
-        if part + 1 < PARTS:
+        if part + 1 < count:
             low, high = _rest(low), _rest(high)
     return pairs
 

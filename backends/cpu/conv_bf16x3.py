@@ -17,14 +17,23 @@ from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, operand_bytes, prologue_flops
-from cnnc.backends.cpu.conv_bf16x3_shape import MatrixParams, is_pointwise, reshaped
-from cnnc.backends.cpu.conv_shape import ConvShape, rows_read
+from cnnc.backends.cpu.anchored import (
+    anchor_of,
+    body_of,
+    machine_of,
+    operand_bytes,
+    prologue_flops,
+    stored_operand,
+)
+from cnnc.backends.cpu.conv_bf16x3_shape import MatrixParams, is_pointwise, part_products, reshaped
+from cnnc.backends.cpu.conv_shape import MOST_PARTS, ConvShape, rows_read
 from cnnc.backends.cpu.machine import TILE_LINE, TILE_ROWS, Machine
 from cnnc.backends.cpu.planes import Planes
 from cnnc.backends.cpu.segments import even_split
 from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.errors import VerifyError
+from cnnc.ir.graph import Value
+from cnnc.ir.types import DType
 from cnnc.ops.blocked import channel_layout, weight_layout
 from cnnc.ops.conv import Conv
 from cnnc.ops.fused import Fused, Schedule
@@ -70,12 +79,14 @@ def cost(shape: ConvShape, params: MatrixParams, machine: Machine) -> float:
     pairs = -(-shape.ic_blocks // 2)
     passes = pairs // params.pairs if params.pairs else 1
     steps = pairs * shape.kh * shape.kw
-    parts = PART_BYTES * planes.pixels * pairs / passes
+    x_parts, w_parts = shape.parts
+    number = sum(map(len, part_products(x_parts, w_parts)))
+    parts = PART_BYTES * x_parts * planes.pixels * pairs / passes
     row_blocks, oc_slices = -(-shape.oh // params.rows), -(-shape.oc_blocks // params.oc_blocks)
     slices = shape.n * row_blocks * oc_slices
 
     groups = even_split(-(-planes.outputs // TILE_ROWS), params.tiles)
-    products = sum(count * (steps * _step_cycles(size) + GROUP_CYCLES) for size, count in groups)
+    products = sum(count * (steps * number * _product_cycles(size) + GROUP_CYCLES) for size, count in groups)
     products *= 1.0 + FAR_PARTS * min(max(parts / (FAR_SHARE * machine.l2) - 0.5, 0.0), 1.0)
     if passes > 1:
         products += passes * (WAITING_TILE_CYCLES * planes.outputs / TILE_ROWS + FIRST_SPLIT_CYCLES)
@@ -85,7 +96,7 @@ def cost(shape: ConvShape, params: MatrixParams, machine: Machine) -> float:
     one += planes.outputs * FINISH_CYCLES
     splitting = (SPLIT_CYCLES + shape.prologue) * planes.pixels * pairs
     total = splitting + one * params.oc_blocks + SLICE_CYCLES
-    resident = parts + PART_BYTES * steps / passes * TILE_ROWS + 4.0 * planes.outputs * shape.block
+    resident = parts + PART_BYTES * w_parts * steps / passes * TILE_ROWS + 4.0 * planes.outputs * shape.block
     resident += 4.0 * planes.outputs * shape.block * params.oc_blocks if passes > 1 else 0.0
     if resident > L2_SHARE * machine.l2:
         spilled = min(resident / (L2_SHARE * machine.l2) - 1.0, 1.0)
@@ -98,16 +109,16 @@ def cost(shape: ConvShape, params: MatrixParams, machine: Machine) -> float:
     return total * waves * (1.0 + 0.03 * uneven) / machine.hertz
 
 
-def _step_cycles(tiles: int) -> float:
-    """Count the cycles in which 32 channels of some tiles are multiplied: each sum waits for the one before it."""
+def _product_cycles(tiles: int) -> float:
+    """Count the cycles of a product of parts of 32 channels for some tiles: each sum waits for the one before it."""
     return max(TILE_CYCLES * tiles, WAITING_CYCLES)
 
 
-TILE_CYCLES = 137.0
-"""Cycles of six products of tiles, and the loads they need."""
+TILE_CYCLES = 23.0
+"""Cycles of a product of tiles, and the loads it needs."""
 
-WAITING_CYCLES = 400.0
-"""Cycles of six products that add to the same tile, one after the other."""
+WAITING_CYCLES = 67.0
+"""Cycles from one product to the next that adds to the same tile."""
 
 SPLIT_CYCLES, EXPOSED_SPLIT = 29.0, 0.18
 """Cycles to split two vectors into parts; the share of it that products do not hide, for weights."""
@@ -130,8 +141,8 @@ WAITING_TILE_CYCLES, FIRST_SPLIT_CYCLES = 40.0, 100.0
 BLOCK_CYCLES, SLICE_CYCLES = 264.0, 500.0
 """What starting a block of outputs costs, and a slice."""
 
-PART_BYTES = 192.0
-"""Bytes of the parts of two vectors."""
+PART_BYTES = 64.0
+"""Bytes of a part of two vectors."""
 
 L2_SHARE = 0.68
 """The share of L2 that parts may take."""
@@ -184,6 +195,11 @@ def _known_shape(kernel: Fused, target: Target) -> ConvShape:
     return shape
 
 
+def bf16_parts(operand: Value) -> int:
+    """Give how many bf16 numbers hold all of a number of an operand: fewer if it is converted from 16 bits."""
+    return {DType.BF16: 1, DType.F16: 2}.get(stored_operand(operand).dtype, MOST_PARTS)
+
+
 @lru_cache(64)
 def _shape_of(kernel: Fused, target: Target) -> ConvShape | None:
     """Give the convolution of a kernel, if this template can compute it."""
@@ -206,4 +222,5 @@ def _shape_of(kernel: Fused, target: Target) -> ConvShape | None:
         block=block,
         prologue=prologue_flops(kernel, anchor),
         weight_bytes=operand_bytes(anchor.inputs[1]),
+        parts=(MOST_PARTS, bf16_parts(anchor.inputs[1])),
     )

@@ -9,9 +9,9 @@ from typing import Any
 from tvm import tirx
 
 from cnnc.backends.cpu import amx, loops
-from cnnc.backends.cpu.bf16_parts import PARTS, PRODUCTS, paired_parts
+from cnnc.backends.cpu.bf16_parts import paired_parts
 from cnnc.backends.cpu.body import Body
-from cnnc.backends.cpu.conv_bf16x3_shape import MatrixParams, is_flat, reshaped
+from cnnc.backends.cpu.conv_bf16x3_shape import MatrixParams, is_flat, part_products, reshaped
 from cnnc.backends.cpu.conv_shape import ConvShape
 from cnnc.backends.cpu.epilogue import SIDE_BY_SIDE, finish
 from cnnc.backends.cpu.machine import TILE_LINE, TILE_ROWS
@@ -45,8 +45,9 @@ class MatrixLoops:
         self.passes = pairs // self.pairs
         self.steps = self.pairs * shape.kh * shape.kw
         # The last tile may go on beyond the last plane.
-        self.input = loops.buffer("input", (PARTS * self.pairs * planes.pixels + TILE_ROWS, TILE_LINE), "uint32")
-        self.weights = loops.buffer("weights", (self.steps, PARTS, TILE_ROWS, TILE_LINE), "uint32")
+        self.x_parts, self.w_parts = shape.parts
+        self.input = loops.buffer("input", (self.x_parts * self.pairs * planes.pixels + TILE_ROWS, TILE_LINE), "uint32")
+        self.weights = loops.buffer("weights", (self.steps, self.w_parts, TILE_ROWS, TILE_LINE), "uint32")
         self.sums = loops.buffer("sums", (params.tiles * TILE_ROWS, TILE_LINE))
         waiting = (params.oc_blocks, -(-planes.outputs // TILE_ROWS) * TILE_ROWS, TILE_LINE)
         self.waiting = loops.buffer("waiting", waiting)
@@ -169,10 +170,12 @@ class MatrixLoops:
         if self.shape.ic_blocks % 2:
             second = loops.when(block + 1 < self.shape.ic_blocks, second, nothing())
         low, high = (loops.load(found, half, 0, lanes=TILE_LINE) for half in range(2))
-        return loops.sequence(loops.alloc(found), read(0), second, self._put_parts(paired_parts(low, high), pair, at))
+        return loops.sequence(
+            loops.alloc(found), read(0), second, self._put_parts(paired_parts(low, high, self.x_parts), pair, at)
+        )
 
     def _blank_pixel(self, pair: Any, at: Any) -> Any:
-        return self._put_parts([tirx.Broadcast(tirx.const(0, "uint32"), TILE_LINE)] * PARTS, pair, at)
+        return self._put_parts([tirx.Broadcast(tirx.const(0, "uint32"), TILE_LINE)] * self.x_parts, pair, at)
 
     def _put_parts(self, parts: Any, pair: Any, at: Any) -> Any:
         return loops.sequence(
@@ -184,7 +187,7 @@ class MatrixLoops:
 
     def _line(self, pair: Any, part: int, pixel: Any) -> Any:
         """Give where the staged input has a part of a pixel."""
-        return (pair * PARTS + part) * self.planes.pixels + pixel
+        return (pair * self.x_parts + part) * self.planes.pixels + pixel
 
     def _split_weights(self, oc: Any, number: Any, step: Any, begin: int = 0, end: int = TILE_ROWS) -> Any:
         """Write the parts of the weights of a block of output channels for a step of a pass, or some of them."""
@@ -204,11 +207,11 @@ class MatrixLoops:
                     )
                 )
 
-            both = put(paired_parts(read(0), read(1)))
+            both = put(paired_parts(read(0), read(1), self.w_parts))
             if not shape.ic_blocks % 2:
                 return both
             zero = tirx.Broadcast(tirx.const(0.0, "float32"), TILE_LINE)
-            return loops.when(block + 1 < shape.ic_blocks, both, put(paired_parts(read(0), zero)))
+            return loops.when(block + 1 < shape.ic_blocks, both, put(paired_parts(read(0), zero, self.w_parts)))
 
         return loops.unrolled(end - begin, one, "channel", begin)
 
@@ -337,9 +340,9 @@ class MatrixLoops:
         def step(pair: Any, r: Any, s: Any) -> Any:
             at = planes.shift(r, s) + pixel
             number = (pair * shape.kh + r) * shape.kw + s
-            statements = [amx.load(first_b + part, self.weights, number, part, 0, 0) for part in range(PARTS)]
+            statements = [amx.load(first_b + part, self.weights, number, part, 0, 0) for part in range(self.w_parts)]
             for tile in range(tiles):
-                for part, others in PRODUCTS:
+                for part, others in enumerate(part_products(self.x_parts, self.w_parts)):
                     statements.append(amx.load(a, self.input, self._line(pair, part, at + tile * TILE_ROWS), 0))
                     statements += [amx.multiply_add(tile, a, first_b + other) for other in others]
                 statements.append(also(number, tile, tiles))

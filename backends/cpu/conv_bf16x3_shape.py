@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from cnnc.backends.cpu.conv_shape import ConvShape
+from cnnc.backends.cpu.conv_shape import MOST_PARTS, ConvShape
 from cnnc.backends.cpu.planes import Planes
 
-__all__ = ["MatrixParams", "is_flat", "is_pointwise", "reshaped"]
+__all__ = ["MatrixParams", "is_flat", "is_pointwise", "part_products", "reshaped"]
 
 
 @dataclass(frozen=True)
@@ -40,3 +40,8 @@ def reshaped(shape: ConvShape) -> ConvShape:
 def is_flat(shape: ConvShape) -> bool:
     """Whether there are no pixels between the rows of output."""
     return Planes(shape, 1).width == shape.ow
+
+
+def part_products(of_x: int, of_w: int) -> list[range]:
+    """Give for each part of x the parts of w it is multiplied by; the other products are too small to count."""
+    return [range(min(of_w, MOST_PARTS - part)) for part in range(of_x)]

@@ -7,7 +7,10 @@ from functools import lru_cache
 
 from cnnc.backends.cpu.segments import Segment, row_segments
 
-__all__ = ["ConvShape", "DirectParams", "reshaped", "rows_read", "segments_of"]
+__all__ = ["MOST_PARTS", "ConvShape", "DirectParams", "reshaped", "rows_read", "segments_of"]
+
+MOST_PARTS = 3
+"""The bf16 numbers that hold all of a float32."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,8 @@ class ConvShape:
 
     `pad` is (top, left, bottom, right).  `plain_input`: the input is NCHW and the weight OIHW{block}o.  `prologue`: the
     operations by which the kernel computes each element of its input first; 0 where it reads what another computed.
-    `weight_bytes` is what a number of the weight takes in memory.
+    `weight_bytes` is what a number of the weight takes in memory, `parts` how many bf16 numbers hold all of a number of
+    the input, and of the weight (see bf16_parts.py).
     """
 
     n: int
@@ -34,6 +38,7 @@ class ConvShape:
     plain_input: bool = False
     prologue: float = 0.0
     weight_bytes: int = 4
+    parts: tuple[int, int] = (MOST_PARTS, MOST_PARTS)
 
     @property
     def oh(self) -> int:

@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, operand_bytes
+from cnnc.backends.cpu.conv_shape import MOST_PARTS
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.row_index import position
 from cnnc.backends.cpu.segments import even_split
@@ -42,6 +43,8 @@ class DenseShape:
     lanes: int = 16
     weight_bytes: int = 4
     """What a number of the weight takes in memory."""
+    weight_parts: int = MOST_PARTS
+    """The bf16 numbers that hold all of a number of the weight."""
 
     @property
     def rows(self) -> int:

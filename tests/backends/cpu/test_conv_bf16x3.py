@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -45,11 +46,13 @@ def best(shape: ConvShape) -> MatrixParams:
     return min(conv_bf16x3.space(shape, AVX512), key=lambda p: conv_bf16x3.cost(shape, p, AVX512))
 
 
-def check(call_kernel: Any, cpu: Any, shape: ConvShape, params: MatrixParams, pieces: int = 1) -> None:
+def check(
+    call_kernel: Any, cpu: Any, shape: ConvShape, params: MatrixParams, pieces: int = 1, stored: Any = np.float32
+) -> None:
     """Hold relu(conv + bias + residual) against float64, as closely as float32 sums come to it."""
     rng = np.random.default_rng(shape.ic * 1000 + shape.h)
     x = rng.standard_normal((shape.n, shape.ic, shape.h, shape.w), np.float32)
-    w = rng.standard_normal((shape.oc, shape.ic, shape.kh, shape.kw), np.float32)
+    w = rng.standard_normal((shape.oc, shape.ic, shape.kh, shape.kw), np.float32).astype(stored).astype(np.float32)
     b = rng.standard_normal(shape.oc, np.float32)
     wanted = reference(shape, x, w, b)
     extra = rng.standard_normal(wanted.shape, np.float32)
@@ -81,6 +84,12 @@ def test_sums_are_right_that_wait_for_further_passes(call_kernel: Any, cpu: Any,
     shape = replace(SHAPES[name], ic=SHAPES[name].ic + 64)
     rows = 30 if name == "1x1" else 3
     check(call_kernel, cpu, shape, MatrixParams(rows, tiles=3, oc_blocks=2, pairs=1), pieces=2)
+
+
+@pytest.mark.parametrize(("stored", "parts"), [(ml_dtypes.bfloat16, 1), (np.float16, 2)])
+def test_weights_of_16_bits_have_fewer_parts(call_kernel: Any, cpu: Any, stored: Any, parts: int) -> None:
+    shape = replace(SHAPES["channels beside the block"], parts=(3, parts))
+    check(call_kernel, cpu, shape, best(shape), stored=stored)
 
 
 def test_equal_shapes_are_equal(call_kernel: Any, cpu: Any) -> None:
