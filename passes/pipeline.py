@@ -94,8 +94,15 @@ def pipeline(
     if level >= 3:
         chosen += [_bounded(ChooseAlgorithm(weights=weights), exact, small), FoldConstants()]
     if level >= 2:
-        chosen += [AssignLayouts(), PackWeights(), Cse()]
+        chosen += [_layouts(dtype), PackWeights(), Cse()]
     return (*chosen, *narrow, Fuse(templates=tuple(templates)), *_narrowing(dtype), PlaceConcats(), tile)
+
+
+def _layouts(dtype: str) -> AssignLayouts:
+    """Choose layouts for the products of a type: what tensor cores multiply lies in blocks of 16 bytes."""
+    if dtype == "f32":
+        return AssignLayouts()
+    return AssignLayouts(block=8 if dtype in NARROW else 4, tensor_cores=True)
 
 
 def _narrowing(dtype: str) -> tuple[Pass, ...]:
