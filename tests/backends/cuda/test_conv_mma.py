@@ -32,8 +32,14 @@ from tests.backends.cuda.test_nvcc import needs_nvcc
 
 TARGET = Target.parse("cuda:sm_80")
 TEMPLATE = ConvMma()
-TYPES = (DType.F16, DType.BF16, DType.F32)
+TYPES = (DType.F16, DType.F32, DType.BF16)
 """Of what is stored; products of f32 are tf32's."""
+
+slow = pytest.mark.slow
+types = pytest.mark.parametrize("dtype", [DType.F16, DType.F32, pytest.param(DType.BF16, marks=slow)], ids=str)
+"""Those of 16 bits differ in one instruction, which a quick test of each sees in the machine code."""
+
+architectures = pytest.mark.parametrize("arch", ["sm_80", pytest.param("sm_90", marks=slow)])
 
 Follow = Callable[["Kernel", Value], Value]
 
@@ -139,7 +145,7 @@ def turns(number: int) -> list[MmaParams]:
 
 
 @needs_gxx
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@types
 def test_every_tile_computes_every_case(dtype: DType, tmp_path: Path) -> None:
     jobs = []
     shift = TYPES.index(dtype) * 3
@@ -251,8 +257,8 @@ def test_candidates_fit(arch: str) -> None:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@types
+@architectures
 def test_tiles_stay_in_registers(arch: str, dtype: DType) -> None:
     target = Target.parse(f"cuda:{arch}")
     fused = kernel(Case((8, 64, 28, 28), (256, 64, 3, 3), pad=(1, 1, 1, 1), bias=True), residual, dtype)
@@ -276,7 +282,7 @@ def test_tiles_stay_in_registers(arch: str, dtype: DType) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@architectures
 def test_instructions(arch: str, dtype: DType, product: str, tmp_path: Path) -> None:
     """Tensor cores, asynchronous copies past the registers, matrices from shared memory: and nothing else there."""
     target = Target.parse(f"cuda:{arch}")

@@ -23,7 +23,7 @@ from cnnc.ops.source import Input
 from cnnc.target import Target
 from tests.backends.cuda.disassembler import instructions, needs_disassembler
 from tests.backends.cuda.emulator import Emulator, needs_gxx
-from tests.backends.cuda.test_conv_mma import TYPES, check
+from tests.backends.cuda.test_conv_mma import TYPES, check, types
 from tests.backends.cuda.test_nvcc import needs_nvcc
 
 TARGET = Target.parse("cuda:sm_80")
@@ -76,7 +76,7 @@ def source_of(fused: Fused, tile: MmaParams, symbol: str, target: Target = TARGE
 
 
 @needs_gxx
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@types
 def test_every_tile_computes_every_case(dtype: DType, tmp_path: Path) -> None:
     """Tiles and parts take turns, so that each case meets two and each tile at least one."""
     jobs = []
@@ -122,7 +122,7 @@ def test_plain_f32_is_left_to_others() -> None:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@types
 def test_tiles_stay_in_registers(dtype: DType) -> None:
     target = Target.parse("cuda:sm_90")
     fused = kernel(((512, 768), (3072, 768), True, residual), dtype)

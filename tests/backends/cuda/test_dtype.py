@@ -12,7 +12,7 @@ import cnnc
 from cnnc.backends.host.gpu import Gpu
 from cnnc.cli.main import run
 from cnnc.cli.precision import BUDGET
-from cnnc.frontends.dsl import load_network
+from cnnc.frontends.dsl import Tensor, conv, flatten, linear, load_network, network, relu
 from cnnc.ir.interp import evaluate
 from cnnc.ops.fused import Fused
 from cnnc.profiler.accuracy import relative_error
@@ -21,6 +21,7 @@ from tests.backends.cuda.artifacts import FakeGpu
 from tests.backends.cuda.emulator import needs_gxx
 from tests.backends.cuda.test_artifact import EXAMPLES, check_network, feeds_of, small_resnet
 
+slow = pytest.mark.slow
 pytestmark = [needs_gxx, pytest.mark.usefixtures("emulating_nvcc")]
 
 LENET = f"{EXAMPLES / 'lenet5.py'}:lenet5"
@@ -28,7 +29,7 @@ BOUND = {"tf32": 2e-3, "f16": 2e-3, "bf16": 1.5e-2}
 """A few roundings, to 11 bits or to 8, of every value between input and output."""
 
 
-@pytest.mark.parametrize("dtype", ["tf32", "f16", "bf16"])
+@pytest.mark.parametrize("dtype", ["tf32", "f16", pytest.param("bf16", marks=slow)])
 def test_lenet(dtype: str, fake_gpu: FakeGpu, tmp_path: Path) -> None:
     check_network(load_network(LENET).init(seed=1), fake_gpu, tmp_path, dtype, BOUND[dtype])
 
@@ -38,12 +39,31 @@ def test_simple_cnn(fake_gpu: FakeGpu, tmp_path: Path) -> None:
     check_network(net.init(seed=1), fake_gpu, tmp_path, "f16", BOUND["f16"])
 
 
-@pytest.mark.parametrize("dtype", ["tf32", "f16"])
+@pytest.mark.parametrize("dtype", ["f16", pytest.param("tf32", marks=slow)])
 def test_a_small_resnet(dtype: str, fake_gpu: FakeGpu, tmp_path: Path) -> None:
     check_network(small_resnet(batch=2).init(seed=4), fake_gpu, tmp_path, dtype, BOUND[dtype])
 
 
-@pytest.mark.parametrize("level", [0, 1, 2])
+@network(x=(64, 14, 14))
+def deep(x: Tensor) -> Tensor:
+    """Layers large enough for tensor cores, the second of so few pixels that blocks share its sums."""
+    x = x >> conv(256, 3, stride=2, pad=1, name="conv1") >> relu
+    x = x >> conv(64, 3, pad=1, name="conv2") >> relu >> conv(40, 1, name="conv3")
+    return x >> flatten >> linear(10, name="fc")
+
+
+@pytest.mark.parametrize("dtype", ["f16", pytest.param("bf16", marks=slow), pytest.param("tf32", marks=slow)])
+def test_layers_on_tensor_cores(dtype: str, fake_gpu: FakeGpu, tmp_path: Path) -> None:
+    net = deep(batch=1).init(seed=3)
+    module = cnnc.compile(net, target="cuda:sm_90", dtype=dtype)
+    assert module.build is not None
+    convolutions = [call for call in module.build.program.calls if call.algorithm == "conv_mma"]
+    assert [call.layers[0].partition(" ")[0] for call in convolutions] == ["conv1", "conv2"]
+    assert any("splits=1)" not in call.schedule for call in convolutions)
+    check_network(net, fake_gpu, tmp_path, dtype, BOUND[dtype])
+
+
+@pytest.mark.parametrize("level", [0, 2])
 def test_a_binary_is_what_its_graph_says(level: int, fake_gpu: FakeGpu, tmp_path: Path) -> None:
     """All that narrow types change is in the graph, which the interpreter runs; kernels add nothing to it."""
     graph = load_network(LENET).init(seed=2).graph()
