@@ -28,7 +28,7 @@ def conv_mma_func(kernel: Fused, found: MmaConv, tile: MmaParams) -> Any:
     shape = shape_of(found)
     image = Operand(_image(found, buffers[found.image]))
     weight = Operand(_weight(found, buffers[found.weight], shape.chunks))
-    return product_func(Product(body, shape, image, weight, found.block, index), tile)
+    return product_func(Product(body, shape, lambda _: image, lambda _: weight, found.block, index), tile)
 
 
 def _image(found: MmaConv, x: Any) -> Callable[[Any, Any], tuple[Any, Any]]:

@@ -14,7 +14,7 @@ from tvm import tirx
 
 from cnnc.backends.cuda.launches import launch
 from cnnc.backends.cuda.mma_params import MmaParams, MmaShape
-from cnnc.backends.cuda.mma_tile import Operand, tile_product
+from cnnc.backends.cuda.mma_tile import HALF_ROWS, Operand, Order, tile_product
 from cnnc.backends.lower import loops
 from cnnc.backends.lower.body import BoundBody
 
@@ -29,43 +29,51 @@ class Product:
     """A kernel as a product of matrices: `rows` by `columns`, and what is made of the sums.
 
     Columns lie in memory in blocks of `width`, an even number, two neighbours side by side.  `index` gives the place in
-    the output from row, block, and column in the block.
+    the output from row, block, and column in the block.  Where there are several products, `rows` and `columns` are
+    given which one, and each is a block.
     """
 
     body: BoundBody
     shape: MmaShape
-    rows: Operand
-    columns: Operand
+    rows: Callable[[Any], Operand]
+    columns: Callable[[Any], Operand]
     width: int
     index: Callable[[Any, Any, Any], Sequence[Any]]
 
     @property
     def blocks(self) -> int:
-        """The blocks of columns."""
-        return math.ceil(self.shape.columns / self.width)
+        """The blocks of columns, of all products."""
+        return self.shape.batches * math.ceil(self.shape.columns / self.width)
 
 
 def product_func(product: Product, tile: MmaParams) -> Any:
     """Give the PrimFunc over the kernel's inputs, then its output."""
     output = product.body.output()
     shape = product.shape
+    columns = product.blocks // shape.batches * product.width
     parts = loops.buffer("parts", (tile.splits, product.blocks, shape.rows, product.width), scope="global")
 
-    def block(thread: Any, across: Any, down: Any, part: Any) -> Any:
+    def block(thread: Any, across: Any, down: Any, number: Any) -> Any:
+        batch, part = number // tile.splits, number % tile.splits
         first_row, first_column = across * tile.rows, down * tile.columns
-        left, right = _shifted(product.rows, first_row), _shifted(product.columns, first_column)
+        left = _shifted(product.rows(batch), first_row)
+        right = _shifted(product.columns(batch), first_column)
         steps = _steps(math.ceil(shape.chunks / tile.depth), tile.splits, part)
         sums = tile_product(tile, shape.dtype, left, right, thread, steps)
 
         def store(row: Any, column: Any, pair: Callable[[Any], Any]) -> Any:
             row, column = first_row + row, first_column + column
-            place = (row, column // product.width, column % product.width)
+            place = (row, column // product.width if shape.batches == 1 else batch, column % product.width)
             stored = _finished(product, output, place, pair) if tile.splits == 1 else _put(parts, part, place, pair)
-            return loops.when(tirx.all(row < shape.rows, column < product.blocks * product.width), stored)
+            return loops.when(tirx.all(row < shape.rows, column < columns), stored)
 
         return loops.sequence(sums.compute, sums.finish(store))
 
-    grid = math.ceil(shape.rows / tile.rows), math.ceil(shape.columns / tile.columns), tile.splits
+    grid = (
+        math.ceil(shape.rows / tile.rows),
+        math.ceil(shape.columns / tile.columns),
+        tile.splits * shape.batches,
+    )
     statement = launch(grid, tile.threads, block)
     if tile.splits > 1:
         statement = loops.sequence(loops.alloc(parts), statement, _add_up(product, output, parts))
@@ -77,7 +85,9 @@ _Place = tuple[Any, Any, Any]
 
 
 def _shifted(operand: Operand, first: Any) -> Operand:
-    return Operand(lambda row, chunk: operand.chunk(first + row, chunk), operand.along_depth)
+    """Give an operand whose rows are counted from a tile's first one; of those across, by eights."""
+    first = first // HALF_ROWS if operand.order is Order.ACROSS else first
+    return Operand(lambda row, chunk: operand.chunk(first + row, chunk), operand.order)
 
 
 def _steps(steps: int, splits: int, part: Any) -> tuple[Any, Any]:

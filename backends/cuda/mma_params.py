@@ -46,7 +46,7 @@ class MmaParams:
     @property
     def shared_bytes(self) -> int:
         """The most shared memory a block needs, that which keeps banks apart included."""
-        return self.stages * self.depth * (self.rows + self.columns + 2) * CHUNK_BYTES
+        return self.stages * self.depth * (self.rows + self.columns + 16) * CHUNK_BYTES
 
 
 TILES = (
@@ -68,12 +68,17 @@ SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 @dataclass(frozen=True)
 class MmaShape:
-    """A product of matrices: rows by columns, over `chunks` of 16 bytes, of numbers of a type."""
+    """Products of matrices: rows by columns, over `chunks` of 16 bytes, of numbers of a type."""
 
     rows: int
     columns: int
     chunks: int
     dtype: DType
+    batches: int = 1
+
+    def blocks(self, tile: MmaParams) -> int:
+        """Count the tiles."""
+        return self.batches * math.ceil(self.rows / tile.rows) * math.ceil(self.columns / tile.columns)
 
     def steps(self, tile: MmaParams) -> int:
         """Count the stages that each part of the depth goes through, at most."""
@@ -85,11 +90,10 @@ class MmaShape:
         for tile in TILES:
             if tile.shared_bytes > GPUS[target.arch].most_shared_bytes:
                 continue
-            blocks = math.ceil(self.rows / tile.rows) * math.ceil(self.columns / tile.columns)
             steps = math.ceil(self.chunks / tile.depth)
             for splits in SPLITS:
                 whole = splits == 1 or math.ceil(steps / math.ceil(steps / splits)) == splits
-                few = splits == 1 or blocks * splits <= 2 * MULTIPROCESSORS[target.arch]
+                few = splits == 1 or self.blocks(tile) * splits <= 2 * MULTIPROCESSORS[target.arch]
                 if whole and few and (splits == 1 or steps >= FEWEST_STEPS * splits):
                     found.append(MmaParams(**{**vars(tile), "splits": splits}))
         return found
@@ -119,7 +123,7 @@ def seconds(shape: MmaShape, tile: MmaParams, target: Target) -> float:
     Parts of the depth cost writing and reading their sums, and a launch.
     """
     multiprocessors = MULTIPROCESSORS[target.arch]
-    blocks = math.ceil(shape.rows / tile.rows) * math.ceil(shape.columns / tile.columns) * tile.splits
+    blocks = shape.blocks(tile) * tile.splits
     at_once = resident(tile, target)
     here = min(at_once, math.ceil(blocks / multiprocessors))
     steps = shape.steps(tile)
@@ -132,7 +136,7 @@ def seconds(shape: MmaShape, tile: MmaParams, target: Target) -> float:
     rounds = math.ceil(blocks / (multiprocessors * here))
     total = rounds * cycles / _CYCLES_A_SECOND + _SECONDS_PER_KERNEL
     if tile.splits > 1:
-        moved = 2 * 4 * tile.splits * shape.rows * shape.columns
+        moved = 2 * 4 * tile.splits * shape.batches * shape.rows * shape.columns
         total += moved / _SCRATCH_BYTES_PER_SECOND + _SECONDS_PER_KERNEL
     return total
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from tvm import tirx
@@ -22,7 +23,7 @@ from cnnc.backends.cuda.mma_params import LANES, MMA_COLUMNS, MMA_ROWS, MmaParam
 from cnnc.backends.lower import loops
 from cnnc.ir.types import DType
 
-__all__ = ["Operand", "Sums", "tile_product"]
+__all__ = ["HALF_ROWS", "Operand", "Order", "Sums", "tile_product"]
 
 Chunk = Callable[[Any, Any], tuple[Any, Any]]
 """The address of a chunk in memory, and whether it is there, by its row in the tile and its number in depth."""
@@ -30,16 +31,29 @@ Chunk = Callable[[Any, Any], tuple[Any, Any]]
 Store = Callable[[Any, Any, Any], Any]
 """Stores two neighbouring sums: (row in the tile, column in the tile, function of 0 and 1 that gives them)."""
 
+HALF_ROWS = 8
+"""Of the matrices that tensor cores load: also the 16-bit numbers in a chunk."""
+
+
+class Order(Enum):
+    """What neighbouring threads copy: what is neighbours in memory, as they should.
+
+    ROWS: chunks of neighbouring rows.  DEPTH: neighbouring chunks of a row, in matrices of long rows.  ACROSS: a chunk
+    is no part of a row, but a number each of 8 neighbouring rows, as in a matrix that is transposed.  Only numbers of
+    16 bits are transposed on their way into registers; `chunk` then gets the chunk of rows, and the place in depth.
+    """
+
+    ROWS = "rows"
+    DEPTH = "depth"
+    ACROSS = "across"
+
 
 @dataclass(frozen=True)
 class Operand:
-    """An operand of a product: where its chunks are, and whether neighbouring threads take neighbours in depth.
-
-    That is for matrices whose rows are long in memory; elsewhere neighbours among the rows are neighbours there.
-    """
+    """An operand of a product: where its chunks are, and how they lie in memory."""
 
     chunk: Chunk
-    along_depth: bool = False
+    order: Order = Order.ROWS
 
 
 @dataclass(frozen=True)
@@ -52,7 +66,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class _Shared:
-    """An operand's part of shared memory, a ring of stages: `rows` chunks of a depth lie side by side."""
+    """An operand's part of shared memory, a ring of stages, each of `lines` lines of `line` chunks side by side."""
 
     operand: Operand
     rows: int
@@ -60,29 +74,54 @@ class _Shared:
     tile: MmaParams
 
     @property
-    def pitch(self) -> int:
-        """From one depth to the next: one more than the rows where neighbours in depth are stored at once."""
-        return self.rows + (1 if self.operand.along_depth else 0)
+    def _across(self) -> bool:
+        return self.operand.order is Order.ACROSS
 
-    def place(self, stage: Any, chunk: Any, row: Any) -> Any:
+    @property
+    def line(self) -> int:
+        """The chunks of a line: of one place in depth."""
+        return self.rows // HALF_ROWS if self._across else self.rows
+
+    @property
+    def lines(self) -> int:
+        """The lines of a stage."""
+        return self.tile.depth * HALF_ROWS if self._across else self.tile.depth
+
+    @property
+    def pitch(self) -> int:
+        """From one line to the next: one chunk more where the chunks of different lines are used at once."""
+        return self.line if self.operand.order is Order.ROWS else self.line + 1
+
+    @property
+    def chunks(self) -> int:
+        """All of it."""
+        return self.tile.stages * self.lines * self.pitch
+
+    def place(self, stage: Any, line: Any, position: Any) -> Any:
         """Give the place of a chunk, counted in chunks."""
-        return self.start + (stage * self.tile.depth + chunk) * self.pitch + row
+        return self.start + (stage * self.lines + line) * self.pitch + position
 
     def fetch(self, memory: Any, thread: Any, step: Any, stage: Any) -> Any:
         """Start to copy the chunks of a step into a stage."""
-        chunks = self.rows * self.tile.depth
+        chunks = self.lines * self.line
 
         def one(turn: Any) -> Any:
             number = turn * self.tile.threads + thread
-            if self.operand.along_depth:
-                row, chunk = number // self.tile.depth, number % self.tile.depth
-            else:
-                row, chunk = number % self.rows, number // self.rows
-            source, valid = self.operand.chunk(row, step * self.tile.depth + chunk)
-            copy = call(tensor_cores.COPY, address(memory, self.place(stage, chunk, row)), source, valid)
+            line, position = number // self.line, number % self.line
+            if self.operand.order is Order.DEPTH:
+                line, position = number % self.lines, number // self.lines
+            source, valid = self.operand.chunk(position, step * self.lines + line)
+            copy = call(tensor_cores.COPY, address(memory, self.place(stage, line, position)), source, valid)
             return copy if chunks % self.tile.threads == 0 else loops.when(number < chunks, copy)
 
         return loops.unrolled(-(-chunks // self.tile.threads), one, "turn")
+
+    def load(self, registers: Any, memory: Any, stage: Any, chunk: Any, row: Any, lane: Any) -> Any:
+        """Load four matrices, the lanes' of 8 rows from `row` on, at a chunk of depth (each may differ by lane)."""
+        if not self._across:
+            return call(tensor_cores.LOAD, registers, address(memory, self.place(stage, chunk, row + lane % 8)))
+        place = self.place(stage, chunk * HALF_ROWS + lane % 8, row // HALF_ROWS)
+        return call(tensor_cores.LOAD_TRANSPOSED, registers, address(memory, place))
 
 
 def tile_product(tile: MmaParams, dtype: DType, a: Operand, b: Operand, thread: Any, steps: tuple[Any, Any]) -> Sums:
@@ -91,8 +130,8 @@ def tile_product(tile: MmaParams, dtype: DType, a: Operand, b: Operand, thread: 
     Both are expressions; there may be no step at all.
     """
     left = _Shared(a, tile.rows, 0, tile)
-    right = _Shared(b, tile.columns, tile.stages * tile.depth * left.pitch, tile)
-    memory = loops.buffer("shared", (right.start + tile.stages * tile.depth * right.pitch,), "uint32x4", "shared.dyn")
+    right = _Shared(b, tile.columns, left.chunks, tile)
+    memory = loops.buffer("shared", (left.chunks + right.chunks,), "uint32x4", "shared.dyn")
     sums = loops.buffer("sums", (tile.sums,), scope="local")
     warp, lane = thread // LANES, thread % LANES
     row = warp // tile.warps_across * tile.warp_rows
@@ -141,16 +180,16 @@ def _multiply(
     def load_rows(pair: Any) -> Callable[[Any], Any]:
         # Matrices: rows 0 and 8 of the first chunk, then of the second.
         def load(i: Any) -> Any:
-            place = left.place(stage, pair * 2 + lane // 16, row + i * MMA_ROWS + lane % 16)
-            return call(tensor_cores.LOAD, address(a, i * 4), address(memory, place))
+            chunk, half = pair * 2 + lane // 16, lane // 8 % 2 * HALF_ROWS
+            return left.load(address(a, i * 4), memory, stage, chunk, row + i * MMA_ROWS + half, lane)
 
         return load
 
     def load_columns(pair: Any) -> Callable[[Any], Any]:
         # Matrices: both chunks of columns 0, then of columns 8.
         def load(j: Any) -> Any:
-            place = right.place(stage, pair * 2 + lane // 8 % 2, column + j * 16 + lane // 16 * 8 + lane % 8)
-            return call(tensor_cores.LOAD, address(b, j * 4), address(memory, place))
+            chunk, half = pair * 2 + lane // 8 % 2, lane // 16 * HALF_ROWS
+            return right.load(address(b, j * 4), memory, stage, chunk, column + j * 16 + half, lane)
 
         return load
 

@@ -23,6 +23,9 @@ COMMIT = f"{PREFIX}commit"
 LOAD = f"{PREFIX}load"
 """(registers[4], shared): load four 8x8 matrices of 16 bits; lane 8 * i + r gives the address of row r of matrix i."""
 
+LOAD_TRANSPOSED = f"{PREFIX}load_transposed"
+"""The same, each matrix transposed."""
+
 
 def wait(groups: int) -> str:
     """Name the function that waits until no more than this many groups of a thread's copies are on their way."""
@@ -45,6 +48,15 @@ static __device__ __forceinline__ void {name}(float *sum, const unsigned *a, con
 """
 
 
+def _load(name: str, how: str) -> str:
+    return f"""\
+static __device__ __forceinline__ void {name}(unsigned *to, const void *from) {{
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4{how}.shared.b16 {{%0, %1, %2, %3}}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"({PREFIX}shared(from)) : "memory");
+}}
+"""
+
+
 SOURCE = f"""\
 #ifndef CNNC_TENSOR_CORES
 #define CNNC_TENSOR_CORES
@@ -59,10 +71,8 @@ static __device__ __forceinline__ void {COMMIT}() {{ asm volatile("cp.async.comm
 template <int GROUPS> static __device__ __forceinline__ void {PREFIX}wait() {{
   asm volatile("cp.async.wait_group %0;" :: "n"(GROUPS) : "memory");
 }}
-static __device__ __forceinline__ void {LOAD}(unsigned *to, const void *from) {{
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%0, %1, %2, %3}}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"({PREFIX}shared(from)) : "memory");
-}}
+{_load(LOAD, "")}\
+{_load(LOAD_TRANSPOSED, ".trans")}\
 template <int COUNT> static __device__ __forceinline__ void {PREFIX}round(unsigned *registers) {{
 #pragma unroll
   for (int i = 0; i < COUNT; i++) {{

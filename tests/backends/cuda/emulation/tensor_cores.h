@@ -131,17 +131,38 @@ template <int GROUPS> void cnnc_tc_wait() {
   thread.copies.swap(left);
 }
 
-static inline void cnnc_tc_load(unsigned *to, const void *from) {
-  using namespace cnnc_emulation;
+namespace cnnc_emulation {
+
+/* Gives the rows of four matrices that the lanes point at, eight each. */
+static inline bool point_at_rows(const void *from, const char **rows) {
   if (!is_shared(from) || !is_aligned(from)) {
     machine.error = "ldmatrix loads rows of 16 bytes from shared memory, at addresses that are multiples of 16";
-    return;
+    return false;
   }
-  const void *rows[WARP];
-  exchange_all(from, rows);
-  int lane = int(machine.current->lane);
-  for (int matrix = 0; matrix < 4; matrix++) {
-    std::memcpy(&to[matrix], static_cast<const char *>(rows[matrix * 8 + lane / 4]) + lane % 4 * 4, 4);
+  exchange_all(static_cast<const char *>(from), rows);
+  return true;
+}
+
+} // namespace cnnc_emulation
+
+static inline void cnnc_tc_load(unsigned *to, const void *from) {
+  const char *rows[cnnc_emulation::WARP];
+  int lane = int(cnnc_emulation::machine.current->lane);
+  bool known = cnnc_emulation::point_at_rows(from, rows);
+  for (int matrix = 0; known && matrix < 4; matrix++) {
+    std::memcpy(&to[matrix], rows[matrix * 8 + lane / 4] + lane % 4 * 4, 4);
+  }
+}
+
+static inline void cnnc_tc_load_transposed(unsigned *to, const void *from) {
+  const char *rows[cnnc_emulation::WARP];
+  int lane = int(cnnc_emulation::machine.current->lane);
+  bool known = cnnc_emulation::point_at_rows(from, rows);
+  for (int matrix = 0; known && matrix < 4; matrix++) {
+    for (int half = 0; half < 2; half++) {
+      const char *row = rows[matrix * 8 + lane % 4 * 2 + half];
+      std::memcpy(reinterpret_cast<char *>(&to[matrix]) + half * 2, row + lane / 4 * 2, 2);
+    }
   }
 }
 
