@@ -26,7 +26,7 @@ from cnnc.ir.op import Kind, Op
 from cnnc.ir.rewrite import map_graph, rebuild
 from cnnc.ir.types import DType, TensorType
 from cnnc.ops.blocked import channel_layout, tile_layout, weight_layout
-from cnnc.ops.conv import Conv
+from cnnc.ops.conv import Conv, fills_tiles
 from cnnc.ops.fused import Fused
 from cnnc.ops.layout_transform import LayoutTransform
 from cnnc.ops.source import Constant
@@ -151,7 +151,7 @@ def _conv_layouts(node: Node, form: Form, plain: bool = False) -> tuple[Layout |
     Transformed weights are wanted as HWOI{b}i{b}o, those for tensor cores as HWIO{b}i.
     """
     w, block = node.inputs[1].type, form.block
-    if form.tensor_cores and _is_dense(node):
+    if form.tensor_cores and isinstance(node.op, Conv) and fills_tiles(node.op, w, block):
         return (channel_layout(w.rank, block), tile_layout(w.rank, block), *(None for _ in node.inputs[2:]))
     if isinstance(node.op, Conv) and node.op.tile is not None:
         return (channel_layout(w.rank, block), winograd_layout(block, block), *(None for _ in node.inputs[2:]))

@@ -3,10 +3,11 @@
     columns[m, k] = x[n, ic, oh * stride - pad + r * dilation, ...]   m = (n, oh, ow), k = (r, s, ic), 0 in padding
     y[n, o, j]    = epilogue(sum over k of columns[m, k] * w[o, k])
 
-Channels lie in blocks of 16 bytes, so that one copy takes the block of a pixel, and neighbouring pixels lie side by
-side; a sum of 8 columns is a block of the output.  Products of f16, bf16 or of what was rounded to tf32, added up in
-f32, on which the epilogue works in registers.  Where there are few pixels and channels, blocks share the sums over k:
-each writes its part, and a second launch adds them up in order, so that every run gives the same bits.
+and so for each group.  Channels lie in blocks of 16 bytes, so that one copy takes the block of a pixel, and
+neighbouring pixels lie side by side; a sum of 8 columns is a block of the output.  Products of f16, bf16 or of what was
+rounded to tf32, added up in f32, on which the epilogue works in registers.  Where there are few pixels and channels,
+blocks share the sums over k: each writes its part, and a second launch adds them up in order, so that every run gives
+the same bits.
 
 Chetlur et al., "cuDNN", 2014, section 3; NVIDIA's CUTLASS, "Implicit GEMM convolution".
 """
@@ -24,7 +25,7 @@ from cnnc.backends.cuda.mma_params import CHUNK_BYTES, MmaParams, MmaShape, seco
 from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.ir.graph import Node, Value
 from cnnc.ops.blocked import channel_layout, tile_layout
-from cnnc.ops.conv import Conv
+from cnnc.ops.conv import Conv, fills_tiles
 from cnnc.ops.fused import Fused, Schedule
 from cnnc.target import Target
 
@@ -33,7 +34,7 @@ _RANK = 4
 
 @dataclass(frozen=True)
 class ConvMma:
-    """Convolutions of one group in blocks of channels, with an elementwise epilogue."""
+    """Convolutions in blocks of channels, of which groups have whole ones, with an elementwise epilogue."""
 
     name: str = "conv_mma"
 
@@ -78,21 +79,23 @@ class MmaConv:
 def matched(kernel: Fused) -> MmaConv | None:
     """Find a kernel's convolution; None where it is not for tensor cores."""
     node = follows_in_registers(kernel, Conv)
-    if node is None or not isinstance(node.op, Conv) or node.op.groups != 1 or node.op.tile is not None:
+    if node is None or not isinstance(node.op, Conv):
         return None
     image, weight = (stored_for_mma(value, kernel.body) for value in node.inputs[:2])
     if image is None or weight is None or image.dtype is not weight.dtype or image.type.rank != _RANK:
         return None
     found = MmaConv(node, node.op, image, weight)
     layouts = channel_layout(_RANK, found.block), tile_layout(_RANK, found.block)
-    return found if (image.type.layout, weight.type.layout) == layouts else None
+    fits = fills_tiles(node.op, weight.type, found.block)
+    return found if fits and (image.type.layout, weight.type.layout) == layouts else None
 
 
 def shape_of(found: MmaConv) -> MmaShape:
-    """Give the product of matrices that a convolution is."""
+    """Give the product of matrices that a convolution is, or each of its groups."""
     images, channels, height, width = found.node.types[0].static_shape
     _, inputs, kh, kw = found.weight.type.static_shape
-    return MmaShape(images * height * width, channels, kh * kw * math.ceil(inputs / found.block), found.image.dtype)
+    chunks, groups = kh * kw * math.ceil(inputs / found.block), found.conv.groups
+    return MmaShape(images * height * width, channels // groups, chunks, found.image.dtype, groups)
 
 
 def _matched(kernel: Fused) -> MmaConv:

@@ -11,7 +11,7 @@ from cnnc.backends.cuda.conv_mma import MmaConv, shape_of
 from cnnc.backends.cuda.launches import address
 from cnnc.backends.cuda.mma_body import body_around
 from cnnc.backends.cuda.mma_launch import Product, product_func
-from cnnc.backends.cuda.mma_params import MmaParams
+from cnnc.backends.cuda.mma_params import MmaParams, MmaShape
 from cnnc.backends.cuda.mma_tile import Operand
 from cnnc.ops.fused import Fused
 
@@ -26,15 +26,21 @@ def conv_mma_func(kernel: Fused, found: MmaConv, tile: MmaParams) -> Any:
         return pixel // (oh * ow), block, pixel // ow % oh, pixel % ow, channel
 
     shape = shape_of(found)
-    image = Operand(_image(found, buffers[found.image]))
-    weight = Operand(_weight(found, buffers[found.weight], shape.chunks))
-    return product_func(Product(body, shape, lambda _: image, lambda _: weight, found.block, index), tile)
+
+    def image(group: Any) -> Operand:
+        return Operand(_image(found, buffers[found.image], group))
+
+    def weight(group: Any) -> Operand:
+        return Operand(_weight(found, buffers[found.weight], shape, group))
+
+    return product_func(Product(body, shape, image, weight, found.block, index), tile)
 
 
-def _image(found: MmaConv, x: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
+def _image(found: MmaConv, x: Any, group: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
     """Find the chunk of an output pixel's window: the pixel counted through all images, the chunk by (r, s, block)."""
     images, _, oh, ow = found.node.types[0].static_shape
-    _, blocks, height, width, _ = found.image.type.physical_shape
+    _, all_blocks, height, width, _ = found.image.type.physical_shape
+    blocks = all_blocks // found.conv.groups
     kh, kw = found.weight.type.static_shape[2:]
     (sh, sw), (top, left, *_), (dh, dw) = found.conv.stride, found.conv.pad, found.conv.dilation
 
@@ -46,7 +52,7 @@ def _image(found: MmaConv, x: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
         valid += _inside(h, top, (oh - 1) * sh - top + (kh - 1) * dh, height)
         valid += _inside(w, left, (ow - 1) * sw - left + (kw - 1) * dw, width)
         # Where it is not valid, the address is not used.
-        return address(x, pixel // (oh * ow), block, h, w, 0), tirx.all(*valid)
+        return address(x, pixel // (oh * ow), group * blocks + block, h, w, 0), tirx.all(*valid)
 
     return chunk_at
 
@@ -56,12 +62,13 @@ def _inside(index: Any, before: int, last: int, extent: int) -> list[Any]:
     return [*([index >= 0] if before > 0 else []), *([index < extent] if last >= extent else [])]
 
 
-def _weight(found: MmaConv, w: Any, chunks: int) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """Find the chunk of an output channel."""
+def _weight(found: MmaConv, w: Any, shape: MmaShape, group: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """Find the chunk of an output channel of a group."""
     channels = found.weight.type.static_shape[0]
 
     def chunk_at(channel: Any, chunk: Any) -> tuple[Any, Any]:
         # Chunks of all channels lie side by side, and (r, s, block) is how HWIO8i counts them.
-        return address(w, 0, 0, 0, chunk * channels + channel, 0), tirx.all(channel < channels, chunk < chunks)
+        place = chunk * channels + group * shape.columns + channel
+        return address(w, 0, 0, 0, place, 0), tirx.all(channel < shape.columns, chunk < shape.chunks)
 
     return chunk_at

@@ -30,7 +30,7 @@ class Product:
 
     Columns lie in memory in blocks of `width`, an even number, two neighbours side by side.  `index` gives the place in
     the output from row, block, and column in the block.  Where there are several products, `rows` and `columns` are
-    given which one, and each is a block.
+    given which one, and the blocks of each follow one another.
     """
 
     body: BoundBody
@@ -63,7 +63,7 @@ def product_func(product: Product, tile: MmaParams) -> Any:
 
         def store(row: Any, column: Any, pair: Callable[[Any], Any]) -> Any:
             row, column = first_row + row, first_column + column
-            place = (row, column // product.width if shape.batches == 1 else batch, column % product.width)
+            place = (row, batch * (columns // product.width) + column // product.width, column % product.width)
             stored = _finished(product, output, place, pair) if tile.splits == 1 else _put(parts, part, place, pair)
             return loops.when(tirx.all(row < shape.rows, column < columns), stored)
 

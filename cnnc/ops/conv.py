@@ -98,7 +98,8 @@ class Conv(Op):
 
         With groups the blocks must divide the groups' channels.  Or, as in a depthwise convolution, whole groups fit
         into a block, which stays the same: then the weight is OIHW{b}o.  The bias is plain.  Transformed weights for
-        NCHW{b}c are HWOI{b}i{o}o.  Weights in HWIO{b}i keep the block of x, too: without groups, untransformed.
+        NCHW{b}c are HWOI{b}i{o}o.  Weights in HWIO{b}i keep the block of x, too: untransformed, with
+        whole blocks in each group if there are several.
         """
         block = channel_block(self.name, "x", x)
         plain_only(self.name, bias=b)
@@ -106,7 +107,7 @@ class Conv(Op):
             if block > 1:
                 raise ShapeError(f"{self.name}: x is in layout {x.layout} but the weight is plain")
             return (None,)
-        if block > 1 and self.groups == 1 and self.tile is None and w.layout == tile_layout(w.rank, block):
+        if block > 1 and w.layout == tile_layout(w.rank, block) and fills_tiles(self, w, block):
             return (x.layout,)
         out_block = w.layout.block("O")
         if block > 1 and self.groups > 1 and w.layout == weight_layout(w.rank, 1, out_block):
@@ -217,6 +218,7 @@ class Conv(Op):
         yield _example((2, 5, 11), (7, 5, 3), (1,), (1, 1), blocks=(4, 4))
         yield _example((2, 5, 6, 7), (11, 5, 3, 2), (2, 1), (1, 0, 1, 1), bias=True, blocks=(8, 1))
         yield _example((1, 8, 5, 5), (8, 8, 1, 1), (1, 1), (0, 0, 0, 0), blocks=(4, 1))
+        yield _example((1, 16, 5, 4), (32, 8, 3, 1), (1, 1), (1, 0, 1, 0), groups=2, bias=True, blocks=(8, 1))
         yield _winograd_example(4, (1, 3, 9, 7), 5, (1, 1, 1, 1), bias=True)
         yield _winograd_example(2, (2, 4, 5, 6), 3, (0, 2, 1, 0))
         yield _winograd_example(4, (1, 6, 9, 8), 10, (1, 1, 1, 1), bias=True, blocks=(8, 8))
@@ -224,6 +226,12 @@ class Conv(Op):
         yield _winograd_example(4, (1, 3, 11, 12), 5, (1, 1, 1, 1), stride=(2, 2), bias=True)
         yield _winograd_example(4, (1, 9, 7, 8), 8, (2, 2, 2, 2), kernel=(5, 5), blocks=(8, 8))
         yield _winograd_example(2, (1, 4, 6, 9), 6, (0, 3, 0, 3), kernel=(1, 7))
+
+
+def fills_tiles(conv: Conv, w: TensorType, block: int) -> bool:
+    """Whether a convolution is one product of matrices, or one a group, each of whole blocks of channels."""
+    outputs, inputs = w.static_shape[0] // conv.groups, w.static_shape[1]
+    return conv.tile is None and (conv.groups == 1 or (inputs % block == 0 and outputs % block == 0))
 
 
 def _example(

@@ -106,6 +106,7 @@ CASES: list[tuple[Case, Follow]] = [
     (Case((1, 72, 8, 8), (40, 72, 1, 1), bias=True), residual),
     (Case((3, 1, 2, 1), (1, 1, 1, 1), bias=True), relu),
     (Case((1, 3, 23, 23), (16, 3, 7, 7), stride=(2, 2), pad=(3, 3, 3, 3), bias=True), relu),
+    (Case((2, 48, 7, 6), (72, 16, 3, 3), stride=(1, 2), pad=(1, 1, 1, 1), groups=3, bias=True), residual),
     (Case((1, 160, 3, 3), (70, 160, 3, 3), pad=(1, 1, 1, 1)), gated),
 ]
 

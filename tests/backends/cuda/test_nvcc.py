@@ -177,7 +177,6 @@ def test_resnet50_is_on_tensor_cores_and_in_registers(arch: str, dtype: str) -> 
     lowered = lower(load_graphs(f"{ROOT / 'examples/resnet.py'}:resnet50", options), options, Report())
     kernels = [node.op for node in lowered.graphs[0].nodes if isinstance(node.op, Fused)]
     assert [k.schedule.template for k in kernels if k.anchor == "conv"] == ["conv_mma"] * 53
-    assert [k.schedule.template for k in kernels if k.anchor == "dense"] == ["matmul_mma"]
     for kernel in {print_graph(anonymous(k.body)): k for k in kernels}.values():
         done = compiled(kernel_job("hot", kernel, lowered.target).make(), lowered.target)
         assert all(u.stack_bytes == u.spill_bytes == 0 for u in done.usage), kernel
