@@ -209,7 +209,7 @@ def test_instructions(tmp_path: Path) -> None:
 @needs_disassembler
 def test_transposing_is_done_by_the_load(tmp_path: Path) -> None:
     fused = product(((8, 128, 64), (8, 64, 256), MatMul()), DType.F16)
-    count = instructions(compile_cubin(source_of(fused, TILES[2], "hot"), TARGET).code, tmp_path)
+    count = instructions(source_of(fused, TILES[2], "hot"), TARGET, tmp_path)
     assert count("LDSM") == count(r"LDSM\.16\.M88\.4") + count(r"LDSM\.16\.MT88\.4")
     assert count(r"LDSM\.16\.MT88\.4") > 0
     assert count("STS") == count("LDS\\b") == count("LDL") == count("STL") == count("PRMT") == 0
