@@ -80,6 +80,18 @@ def test_a_binary_is_what_its_graph_says(level: int, fake_gpu: FakeGpu, tmp_path
     assert relative_error(own, wanted) > 1e-5
 
 
+def test_several_batch_sizes(fake_gpu: FakeGpu, tmp_path: Path) -> None:
+    net = load_network(LENET).init(seed=2)
+    module = cnnc.compile(net, target="cuda:sm_90", dtype="f16", batch=(1, 3))
+    module.save(tmp_path / "net.so")
+    assert module.build is not None
+    for batch, own in zip((1, 3), module.build.graphs, strict=True):
+        feeds = feeds_of(net.with_batch(batch).graph(), batch)
+        (got,) = fake_gpu.run(tmp_path / "net.so", feeds)[0].values()
+        (wanted,) = evaluate(own, feeds).values()
+        assert relative_error(got, wanted) < 2e-4
+
+
 def test_the_types_in_memory(tmp_path: Path) -> None:
     module = cnnc.compile(LENET, target="cuda:sm_90", dtype="bf16")
     assert module.build is not None
