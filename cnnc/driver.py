@@ -26,7 +26,7 @@ from cnnc.ir.text import print_graph
 from cnnc.ir.types import DType
 from cnnc.ir.verify import verify
 from cnnc.module import Module
-from cnnc.options import Limits
+from cnnc.options import DTYPES, Limits
 from cnnc.target import Target
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ class Options:
     `exact` keeps convolutions to the very products of the definition, which forbids Winograd's algorithm; `small`
     gives that algorithm's larger weights no more than a tenth of the model's bytes; `weights` is the type that weights
     of convolutions and fully connected layers are stored in, f32, f16 or bf16, arithmetic being f32 in any case;
+    `dtype` is the type that convolutions and products of matrices multiply in, f32, tf32, f16 or bf16, adding up in
+    f32 in any case: with the 16-bit ones all weights, and all values between kernels, are stored in them; GPUs only;
     `records` are the tuned schedules to use: the user's own (True), none (False), or those of a file; shipped ones
     come after them; `cache` off compiles every kernel anew; `name` is what the C functions begin with, by default
     the name of the ONNX file or of the network.
@@ -68,6 +70,7 @@ class Options:
     exact: bool = False
     small: bool = False
     weights: str = "f32"
+    dtype: str = "f32"
     dump_ir: Path | None = None
     limits: Limits = field(default_factory=Limits)
     records: Path | bool = True
@@ -85,6 +88,7 @@ class Options:
             "exact": self.exact,
             "small": self.small,
             "weights": self.weights,
+            "dtype": self.dtype,
             "records": self.records is not False,
             "shapes": shapes,
         }
@@ -150,6 +154,7 @@ def compile(
     exact: bool = False,
     small: bool = False,
     weights: str = "f32",
+    dtype: str = "f32",
     dump_ir: str | os.PathLike[str] | None = None,
     limits: Limits | None = None,
     records: str | os.PathLike[str] | bool = True,
@@ -176,6 +181,7 @@ def compile(
         exact=exact,
         small=small,
         weights=weights,
+        dtype=dtype,
         dump_ir=Path(dump_ir) if dump_ir is not None else None,
         limits=limits or Limits(),
         records=records if isinstance(records, bool) else Path(records),
@@ -225,6 +231,7 @@ def lower(graphs: Sequence[Graph], options: Options, report: Report) -> Lowered:
     from cnnc.backends.cache import DiskCache, ScheduleCache
     from cnnc.backends.lower.identity import ScheduleMemory
     from cnnc.backends.records import tuned_records
+    from cnnc.passes.narrow_weights import NARROW
     from cnnc.passes.pipeline import pipeline, run_together
     from cnnc.passes.plan_memory import plan_memory
     from cnnc.passes.weight_report import describe_weights, weight_type
@@ -234,6 +241,7 @@ def lower(graphs: Sequence[Graph], options: Options, report: Report) -> Lowered:
     target = Target.parse(options.target, options.threads)
     if target.is_gpu:
         _refuse_what_gpus_lack(options, target)
+    check_dtype(options.dtype, target)
     weights = weight_type(options.weights, target)
     disk = DiskCache() if options.cache else None
     memory = ScheduleMemory(ScheduleCache(disk))
@@ -244,20 +252,31 @@ def lower(graphs: Sequence[Graph], options: Options, report: Report) -> Lowered:
         exact=options.exact,
         small=options.small,
         weights=weights,
+        dtype=options.dtype,
     )
     lowered = run_together(
         *(graphs, target, chosen), dump_dirs=_dump_folders(options), log=report.rewrites, timings=report.passes
     )
     for note in records.notes:
         warnings.warn(note, stacklevel=2)
-    if weights is not DType.F32:
-        report.stored = describe_weights(lowered, weights, report.rewrites.missed)
+    stored = DType(options.dtype) if options.dtype in NARROW else weights
+    if stored is not DType.F32:
+        report.stored = describe_weights(lowered, stored, report.rewrites.missed)
     return Lowered(lowered, tuple(plan_memory(graph, target) for graph in lowered), target)
 
 
 def _refuse_what_gpus_lack(options: Options, target: Target) -> None:
     if options.weights != "f32":
         raise UnsupportedError(f"{target}: weights in {options.weights} are for CPUs; leave out --weights")
+
+
+def check_dtype(dtype: str, target: Target) -> None:
+    """Raise `UsageError` for a type of products that does not exist, `UnsupportedError` where a target lacks it."""
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not known; use {', '.join(DTYPES)}")
+    if dtype != "f32" and not target.is_gpu:
+        cure = "leave out --dtype" if dtype == "tf32" else f"use --weights {dtype}, which stores weights in 16 bits"
+        raise UnsupportedError(f"{target}: products in {dtype} are for CUDA targets; {cure}")
 
 
 def _dump_folders(options: Options) -> list[Path | None]:

@@ -1,4 +1,4 @@
-"""What a compile may be told: optimisation levels, and limits on what a model may ask for."""
+"""What a compile may be told: optimisation levels, types to multiply in, and limits on what a model may ask for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GIB = 1 << 30
 LEVELS = (0, 1, 2, 3)
 """The optimisation levels; `passes/pipeline.py` says what each does."""
 
-DTYPES = ("f32",)
+DTYPES = ("f32", "tf32", "f16", "bf16")
 """The types that convolutions and products of matrices may multiply in; they add up in f32."""
 
 

@@ -25,8 +25,8 @@ from cnnc.ir.literal import Literal
 from cnnc.ir.op import Kind, Op
 from cnnc.ir.rewrite import map_graph, rebuild
 from cnnc.ir.types import DType, TensorType
-from cnnc.ops.blocked import channel_layout, weight_layout
-from cnnc.ops.conv import Conv
+from cnnc.ops.blocked import channel_layout, tile_layout, weight_layout
+from cnnc.ops.conv import Conv, fills_tiles
 from cnnc.ops.fused import Fused
 from cnnc.ops.layout_transform import LayoutTransform
 from cnnc.ops.source import Constant
@@ -43,6 +43,15 @@ Wanted: TypeAlias = dict[Node, tuple[Layout | None, ...]]
 
 Decisions: TypeAlias = dict[tuple[Op, Op], tuple[Layout | None, ...]]
 """The layouts of the inputs of each convolution so far, by itself and its weight."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """The blocked layout a graph may use: channels in a block, and whether convolutions are for tensor cores."""
+
+    block: int
+    tensor_cores: bool = False
+
 
 RANK = 4
 """The rank of the tensors that are blocked: images."""
@@ -62,27 +71,32 @@ PLAIN_FLOPS = 4e9
 
 @dataclass(frozen=True)
 class AssignLayouts(Pass):
-    """Assign layouts; `block` is the channel block, by default the lanes of the target's vectors."""
+    """Assign layouts; `block` is the channel block, by default the lanes of the target's vectors.
+
+    `tensor_cores` is for GPUs whose convolutions read blocks of 16 bytes, and weights that lie as their tiles do.
+    """
 
     block: int = 0
+    tensor_cores: bool = False
 
     def run(self, graph: Graph, target: Target) -> Graph:
         """Give the graph with layouts chosen and transforms put in.
 
-        Graphs with kernels in them stay as they are, and so do those for a GPU: blocks are the vectors of a CPU.
+        Graphs with kernels in them stay as they are, and so do those for a GPU without tensor cores: blocks are the
+        vectors of a CPU.
         """
         return self.run_together((graph,), target)[0]
 
     def run_together(self, graphs: Sequence[Graph], target: Target) -> tuple[Graph, ...]:
         """Choose for the first graph; the others follow it in how weights lie."""
-        if target.is_gpu:
+        if target.is_gpu != self.tensor_cores:
             return tuple(graphs)
-        block = self.block or target.vector_lanes
-        if block == 1 or any(isinstance(node.op, Fused) for graph in graphs for node in graph.nodes):
+        form = Form(self.block or target.vector_lanes, self.tensor_cores)
+        if form.block == 1 or any(isinstance(node.op, Fused) for graph in graphs for node in graph.nodes):
             return tuple(graphs)
         decided: Decisions | None = {} if len(graphs) > 1 else None
         plain = map(_all_plain, graphs)
-        return tuple(_rewrite(graph, _choose(graph, block, decided), block, decided) for graph in plain)
+        return tuple(_rewrite(graph, _choose(graph, form, decided), form, decided) for graph in plain)
 
 
 def _all_plain(graph: Graph) -> Graph:
@@ -101,15 +115,15 @@ def _all_plain(graph: Graph) -> Graph:
 # What an operator wants
 
 
-def wanted_layouts(node: Node, block: int) -> tuple[Layout | None, ...] | None:
+def wanted_layouts(node: Node, form: Form) -> tuple[Layout | None, ...] | None:
     """Give the layouts of the inputs with which an operator computes in blocks; None where it cannot.
 
     The graph is plain.  The operator must give blocked f32 images for them.
     """
     if not node.inputs or any(t.rank != RANK or t.dtype is not DType.F32 for t in node.types):
         return None
-    layout = channel_layout(RANK, block)
-    wanted = _conv_layouts(node, block) if isinstance(node.op, Conv) else _image_layouts(node, layout)
+    layout = channel_layout(RANK, form.block)
+    wanted = _conv_layouts(node, form) if isinstance(node.op, Conv) else _image_layouts(node, layout)
     try:
         inferred = infer_types(node.op, tuple(_adapted(v, w) for v, w in zip(node.inputs, wanted, strict=True)))
     except ShapeError:
@@ -131,17 +145,19 @@ def _has_channels(v: Value, node: Node) -> bool:
     return v.type.rank == RANK and v.shape[1] != 1
 
 
-def _conv_layouts(node: Node, block: int, plain: bool = False) -> tuple[Layout | None, ...]:
+def _conv_layouts(node: Node, form: Form, plain: bool = False) -> tuple[Layout | None, ...]:
     """Want OIHW{b}i{b}o weights, or OIHW{b}o where groups fit into blocks or few channels are read plain.
 
-    Transformed weights are wanted as HWOI{b}i{b}o.
+    Transformed weights are wanted as HWOI{b}i{b}o, those for tensor cores as HWIO{b}i.
     """
-    w = node.inputs[1].type
+    w, block = node.inputs[1].type, form.block
+    if form.tensor_cores and isinstance(node.op, Conv) and fills_tiles(node.op, w, block):
+        return (channel_layout(w.rank, block), tile_layout(w.rank, block), *(None for _ in node.inputs[2:]))
     if isinstance(node.op, Conv) and node.op.tile is not None:
         return (channel_layout(w.rank, block), winograd_layout(block, block), *(None for _ in node.inputs[2:]))
     channels = w.static_shape[1]
     inside = not _is_dense(node) and channels < block and channels > 0 and block % channels == 0
-    reads_plain = plain or (_is_dense(node) and channels < block and not _reads_either(node, block))
+    reads_plain = plain or (_is_dense(node) and channels < block and not _reads_either(node, form))
     weights = weight_layout(w.rank, 1 if inside or reads_plain else block, block)
     return (None if reads_plain else channel_layout(w.rank, block), weights, *(None for _ in node.inputs[2:]))
 
@@ -151,16 +167,16 @@ def _is_dense(node: Node) -> bool:
     return isinstance(node.op, Conv) and node.op.groups == 1 and node.op.tile is None
 
 
-def _reads_either(node: Node, block: int) -> bool:
+def _reads_either(node: Node, form: Form) -> bool:
     """Whether a convolution of few channels had better take them as they come.
 
     Plain ones cost nothing; of blocked ones it computes on pad lanes too, which must be cheaper than a transform.
     """
-    if not _is_dense(node) or not 0 < node.inputs[1].type.static_shape[1] < block:
+    if form.tensor_cores or not _is_dense(node) or not 0 < node.inputs[1].type.static_shape[1] < form.block:
         return False
-    padding = block / node.inputs[1].type.static_shape[1] - 1
+    padding = form.block / node.inputs[1].type.static_shape[1] - 1
     flops = node.op.flops(*(v.type for v in node.inputs))
-    return flops * padding / (FLOPS_PER_LANE * block) < _transform_cost(node.inputs[0], block)
+    return flops * padding / (FLOPS_PER_LANE * form.block) < _transform_cost(node.inputs[0], form)
 
 
 def _adapted(v: Value, layout: Layout | None) -> TensorType:
@@ -173,7 +189,7 @@ def _adapted(v: Value, layout: Layout | None) -> TensorType:
 # Costs, in seconds; only their proportions matter
 
 
-def _node_cost(node: Node, block: int, blocked: bool) -> float:
+def _node_cost(node: Node, form: Form, blocked: bool) -> float:
     """Estimate a node in one layout: arithmetic for reductions, the bytes moved for the rest.
 
     Half the bytes for a blocked elementwise operator, which mostly rides in the kernel of the convolution before it.
@@ -182,18 +198,18 @@ def _node_cost(node: Node, block: int, blocked: bool) -> float:
     if node.op.kind is Kind.ELEMENTWISE:
         return moved / BANDWIDTH / (2 if blocked else 1)
     channels = max((t.static_shape[1] for t in node.types), default=1)
-    lanes = block if blocked else 1
+    lanes = form.block if blocked else 1
     waste = -(-channels // lanes) * lanes / max(channels, 1)
     seconds = moved / BANDWIDTH * waste
     if node.op.kind is Kind.REDUCTION:
         flops = node.op.flops(*(v.type for v in node.inputs))
-        seconds += flops * waste / (FLOPS_PER_LANE * block) if blocked else flops / PLAIN_FLOPS
+        seconds += flops * waste / (FLOPS_PER_LANE * form.block) if blocked else flops / PLAIN_FLOPS
     return seconds
 
 
-def _transform_cost(v: Value, block: int) -> float:
+def _transform_cost(v: Value, form: Form) -> float:
     """Estimate changing a value's layout; nothing where only the name changes."""
-    blocked = v.type.with_layout(channel_layout(RANK, block))
+    blocked = v.type.with_layout(channel_layout(RANK, form.block))
     if renames_memory(v.type, blocked):
         return 0.0
     return OVERHEAD + (v.type.nbytes + blocked.nbytes) / BANDWIDTH
@@ -202,12 +218,12 @@ def _transform_cost(v: Value, block: int) -> float:
 # The choice
 
 
-def _choose(graph: Graph, block: int, decided: Decisions | None = None) -> Wanted:
+def _choose(graph: Graph, form: Form, decided: Decisions | None = None) -> Wanted:
     """Give the nodes to compute in blocks, each with the layouts of its inputs."""
-    wanted = {node: w for node in graph.nodes if (w := wanted_layouts(node, block)) is not None}
+    wanted = {node: w for node in graph.nodes if (w := wanted_layouts(node, form)) is not None}
     if not any(isinstance(node.op, Conv) for node in wanted):
         return {}
-    return {node: wanted[node] for node in _minimum_cut(graph, wanted, block, decided)}
+    return {node: wanted[node] for node in _minimum_cut(graph, wanted, form, decided)}
 
 
 _BLOCKED, _PLAIN = "blocked", "plain"
@@ -228,10 +244,10 @@ class _Edge:
     seconds: float
 
 
-def _minimum_cut(graph: Graph, wanted: Wanted, block: int, decided: Decisions | None = None) -> set[Node]:
+def _minimum_cut(graph: Graph, wanted: Wanted, form: Form, decided: Decisions | None = None) -> set[Node]:
     """Give the nodes on the blocked side of the cheapest cut that keeps to what is decided."""
-    edges = list(_edges(graph, wanted, block))
-    gain = {n: _node_cost(n, block, blocked=False) - _node_cost(n, block, blocked=True) for n in wanted}
+    edges = list(_edges(graph, wanted, form))
+    gain = {n: _node_cost(n, form, blocked=False) - _node_cost(n, form, blocked=True) for n in wanted}
     label = _clear(gain, edges)
     label |= _labels(wanted, decided or {})
     undecided = [node for node in wanted if node not in label]
@@ -246,19 +262,19 @@ def _minimum_cut(graph: Graph, wanted: Wanted, block: int, decided: Decisions | 
     return {node for node in wanted if label.get(node) == _BLOCKED or node in blocked}
 
 
-def _edges(graph: Graph, wanted: Wanted, block: int) -> Iterator[_Edge]:
+def _edges(graph: Graph, wanted: Wanted, form: Form) -> Iterator[_Edge]:
     """List the values whose layout may have to change."""
     outputs = set(graph.outputs)
     for value, users in graph.users.items():
         if isinstance(value.op, Constant) or value.type.rank != RANK or value.dtype is not DType.F32:
             continue
         maker = value.node if value.node in wanted else _PLAIN
-        strict = (user for user in users if user not in wanted or not _reads_either(user, block))
+        strict = (user for user in users if user not in wanted or not _reads_either(user, form))
         readers = dict.fromkeys(_reader(user, value, wanted) for user in strict)
         if value in outputs:
             readers[_PLAIN] = None
         if set(readers) - {maker}:
-            yield _Edge(value, maker, tuple(readers), _transform_cost(value, block))
+            yield _Edge(value, maker, tuple(readers), _transform_cost(value, form))
 
 
 def _clear(gain: dict[Node, float], edges: Sequence[_Edge]) -> dict[Node, str]:
@@ -321,14 +337,14 @@ def _layer(node: Node) -> tuple[Op, Op] | None:
     return (node.op, node.inputs[1].op)
 
 
-def _rewrite(graph: Graph, blocked: Wanted, block: int, decided: Decisions | None) -> Graph:
+def _rewrite(graph: Graph, blocked: Wanted, form: Form, decided: Decisions | None) -> Graph:
     """Rebuild the graph, each value changed to another layout at most once; keeps to what is decided and adds to it."""
     changed: dict[tuple[Value, Layout | None], Value] = {}
 
     def place(node: Node, inputs: tuple[Value, ...]) -> Sequence[Value]:
         layouts = blocked.get(node, (None,) * len(inputs))
-        if node in blocked and inputs[0].type.layout is None and _reads_either(node, block):
-            layouts = _conv_layouts(node, block, plain=True)
+        if node in blocked and inputs[0].type.layout is None and _reads_either(node, form):
+            layouts = _conv_layouts(node, form, plain=True)
         if decided is not None and (layer := _layer(node)) is not None:
             layouts = decided.setdefault(layer, layouts)
         return rebuild(node, tuple(_in_layout(v, w, changed) for v, w in zip(inputs, layouts, strict=True)))

@@ -5,7 +5,8 @@
 2  blocked layouts too
 3  the algorithm of every convolution chosen as well (the default)
 
-Weights in 16 bits are a choice at every level: they are rounded last, just before fusion.
+Weights in 16 bits are a choice at every level: they are rounded last, just before fusion.  So is the type products are
+computed in, which kernels see to: just after fusion.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ from cnnc.passes.fold_pad import FoldPad
 from cnnc.passes.fuse import Fuse
 from cnnc.passes.fuse_attention import FuseAttention
 from cnnc.passes.local_unpool import LocalUnpool
-from cnnc.passes.narrow_weights import NarrowWeights
+from cnnc.passes.narrow_activations import NarrowActivations
+from cnnc.passes.narrow_weights import NARROW, NarrowWeights
 from cnnc.passes.pack_weights import PackWeights
 from cnnc.passes.place_concats import PlaceConcats
 from cnnc.passes.push_slices import PushSlices
-from cnnc.passes.registry import Pass, parse_passes
+from cnnc.passes.registry import Pass, parse_passes, print_passes
+from cnnc.passes.round_products import RoundProducts
 from cnnc.passes.simplify import Simplify
 from cnnc.passes.subpixel import Subpixel
 from cnnc.passes.tile import KernelTemplate, Memory, NoMemory, Records, Tile, no_records
@@ -56,13 +59,14 @@ def pipeline(
     exact: bool = False,
     small: bool = False,
     weights: DType = DType.F32,
+    dtype: str = "f32",
 ) -> tuple[Pass, ...]:
     """Give the passes of an optimisation level, or those that `passes` spells out.
 
     `templates` are the back end's, `records` what the tile pass knows of them, `memory` what it found; `exact` keeps to
     algorithms that add up the very products of the definition, `small` to weights hardly larger than the model's;
-    `weights` is the type weights are stored in.
-    Raises `UsageError` for a level that does not exist, and for narrow `weights` beside a list of passes.
+    `weights` is the type weights are stored in, `dtype` that of products (see `Options`).
+    Raises `UsageError` for a level that does not exist, and for narrow `weights` or `dtype` beside a list of passes.
     """
     handed_in: dict[str, Any] = {
         "templates": tuple(templates),
@@ -73,21 +77,39 @@ def pipeline(
         if weights is not DType.F32:
             wanted = f"narrow_weights{{dtype={weights}}} before fuse"
             raise UsageError(f"weights={weights} does not go with a list of passes; put {wanted} into the list")
+        if dtype != "f32":
+            wanted = print_passes(_narrowing(dtype)) + " after fuse"
+            raise UsageError(f"dtype={dtype} does not go with a list of passes; put {wanted} into the list")
         given = parse_passes(passes, {"tile": handed_in, "fuse": {"templates": tuple(templates)}})
         return tuple(_bounded(p, exact, small) if isinstance(p, ChooseAlgorithm) else p for p in given)
     if level not in LEVELS:
         raise UsageError(f"optimisation level {level} does not exist; use one of {', '.join(map(str, LEVELS))}")
     tile = Tile(**handed_in)
-    narrow = () if weights is DType.F32 else (NarrowWeights(weights),)
+    stored = DType(dtype) if dtype in NARROW else weights
+    narrow = () if stored is DType.F32 else (NarrowWeights(stored),)
     if level == 0:
-        return (FoldConstants(), *narrow, Fuse(grow=False), tile)
+        return (FoldConstants(), *narrow, Fuse(grow=False), *_narrowing(dtype), tile)
     chosen: list[Pass] = [Simplify(), FoldConstants(), FoldBatchNorm(), FoldPad(), FuseAttention()]
     chosen += [Simplify(), Subpixel(), LocalUnpool(), PushSlices(), FoldConstants(), Cse()]
     if level >= 3:
         chosen += [_bounded(ChooseAlgorithm(weights=weights), exact, small), FoldConstants()]
     if level >= 2:
-        chosen += [AssignLayouts(), PackWeights(), Cse()]
-    return (*chosen, *narrow, Fuse(templates=tuple(templates)), PlaceConcats(), tile)
+        chosen += [_layouts(dtype), PackWeights(), Cse()]
+    return (*chosen, *narrow, Fuse(templates=tuple(templates)), *_narrowing(dtype), PlaceConcats(), tile)
+
+
+def _layouts(dtype: str) -> AssignLayouts:
+    """Choose layouts for the products of a type: what tensor cores multiply lies in blocks of 16 bytes."""
+    if dtype == "f32":
+        return AssignLayouts()
+    return AssignLayouts(block=8 if dtype in NARROW else 4, tensor_cores=True)
+
+
+def _narrowing(dtype: str) -> tuple[Pass, ...]:
+    """Give the passes that have kernels multiply in a type; weights are narrowed apart."""
+    if dtype in NARROW:
+        return (NarrowActivations(DType(dtype)),)
+    return () if dtype == "f32" else (RoundProducts(),)
 
 
 SMALL_GROWTH = 0.08

@@ -53,3 +53,19 @@ def test_what_gpus_lack_is_refused_before_anything_is_compiled(options: dict[str
     with pytest.raises(UnsupportedError, match=re.escape(message)) as refused:
         cnnc.compile(f"{EXAMPLE}:simple_cnn", target="cuda:sm_90", **options)
     assert refused.value.exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cure"),
+    [("tf32", "leave out --dtype"), ("f16", "use --weights f16, which"), ("bf16", "use --weights bf16, which")],
+)
+def test_products_in_narrow_types_are_for_gpus(dtype: str, cure: str) -> None:
+    message = f"cpu:x86-64-v3: products in {dtype} are for CUDA targets; {cure}"
+    with pytest.raises(UnsupportedError, match=re.escape(message)) as refused:
+        cnnc.compile(f"{EXAMPLE}:simple_cnn", target="cpu:x86-64-v3", dtype=dtype)
+    assert refused.value.exit_code == 4
+
+
+def test_other_types_of_products_are_not_known() -> None:
+    with pytest.raises(UsageError, match="dtype 'f8' is not known; use f32, tf32, f16, bf16"):
+        cnnc.compile(f"{EXAMPLE}:simple_cnn", target="cuda:sm_90", dtype="f8")

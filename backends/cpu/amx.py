@@ -13,8 +13,8 @@ from typing import Any
 
 from tvm import tirx
 
-from cnnc.backends.cpu import loops
 from cnnc.backends.cpu.machine import TILE_LINE, TILE_ROWS
+from cnnc.backends.lower import loops
 
 __all__ = ["configured", "load", "multiply_add", "store", "zero"]
 

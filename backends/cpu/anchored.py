@@ -17,7 +17,7 @@ from cnnc.ops.fused import Fused
 from cnnc.target import Target
 
 if TYPE_CHECKING:
-    from cnnc.backends.cpu.body import Body
+    from cnnc.backends.lower.body import Body
 
 __all__ = [
     "anchor_of",
@@ -133,7 +133,7 @@ def _is_converted_only(value: Value, body: Graph) -> bool:
 
 def body_of(kernel: Fused, anchor: Node) -> Body:
     """Give the tensor expressions of a kernel, the anchor being its one reduction."""
-    from cnnc.backends.cpu.body import Body
+    from cnnc.backends.lower.body import Body
     from cnnc.backends.lower.kernel import lower_values, placeholder
 
     inputs = {value: placeholder(value.type, f"x{i}") for i, value in enumerate(kernel.body.inputs)}
@@ -148,7 +148,7 @@ def body_after(kernel: Fused, anchor: Node) -> Body:
     """Give the tensor expressions of what follows the anchor, which the template computes whole, of any stages."""
     from tvm import te
 
-    from cnnc.backends.cpu.body import Body
+    from cnnc.backends.lower.body import Body
     from cnnc.backends.lower.kernel import lower_values, placeholder
 
     inputs = {value: placeholder(value.type, f"x{i}") for i, value in enumerate(kernel.body.inputs)}

@@ -7,9 +7,7 @@ from typing import Any
 
 from tvm import tirx
 
-from cnnc.backends.cpu import loops
 from cnnc.backends.cpu.attention import AttentionParams, AttentionShape
-from cnnc.backends.cpu.body import Body
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.register_tile import (
     RegisterTile,
@@ -21,7 +19,8 @@ from cnnc.backends.cpu.register_tile import (
 )
 from cnnc.backends.cpu.segments import even_split
 from cnnc.backends.cpu.transpose_block import transpose_block
-from cnnc.backends.lower import vector_math
+from cnnc.backends.lower import loops, vector_math
+from cnnc.backends.lower.body import Body
 
 __all__ = ["AttentionLoops"]
 

@@ -145,9 +145,9 @@ def _lower(job: KernelJob, target: CpuTarget) -> tuple[Any, Abi]:
     from tvm import s_tir, tirx
 
     from cnnc.backends.cpu.c_abi import Abi, c_function
-    from cnnc.backends.cpu.loops import WRITTEN_LOOPS
     from cnnc.backends.lower import vector_math
     from cnnc.backends.lower.flatten import flatten_buffers
+    from cnnc.backends.lower.loops import WRITTEN_LOOPS
     from cnnc.backends.lower.temporaries import bind_lets
 
     vector_math.register()

@@ -8,15 +8,16 @@ from typing import Any
 
 from tvm import tirx
 
-from cnnc.backends.cpu import amx, loops
+from cnnc.backends.cpu import amx
 from cnnc.backends.cpu.bf16_parts import paired_parts
-from cnnc.backends.cpu.body import Body
 from cnnc.backends.cpu.conv_bf16x3_shape import MatrixParams, is_flat, part_products, reshaped
 from cnnc.backends.cpu.conv_shape import ConvShape
 from cnnc.backends.cpu.epilogue import SIDE_BY_SIDE, finish
 from cnnc.backends.cpu.machine import TILE_LINE, TILE_ROWS
 from cnnc.backends.cpu.planes import Planes
 from cnnc.backends.cpu.segments import even_split
+from cnnc.backends.lower import loops
+from cnnc.backends.lower.body import Body
 
 __all__ = ["MatrixLoops"]
 

@@ -30,7 +30,7 @@ from cnnc.ops.fused import Fused, Schedule
 from cnnc.target import Target
 
 if TYPE_CHECKING:
-    from cnnc.backends.cpu.body import Body
+    from cnnc.backends.lower.body import Body
 
 __all__ = ["ConvDirect", "ConvShape", "DirectParams", "build", "cost", "space"]
 

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 from tvm import tirx
 
-from cnnc.backends.cpu import loops
-from cnnc.backends.cpu.body import Body
 from cnnc.backends.cpu.conv_shape import ConvShape, DirectParams, reshaped, segments_of
 from cnnc.backends.cpu.epilogue import finish
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.segments import Run, Segment
 from cnnc.backends.cpu.staged_rows import StagedRows
+from cnnc.backends.lower import loops
+from cnnc.backends.lower.body import Body
 
 __all__ = ["ConvLoops"]
 

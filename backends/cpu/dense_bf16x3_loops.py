@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from cnnc.backends.cpu import loops
-from cnnc.backends.cpu.body import Body
 from cnnc.backends.cpu.conv_bf16x3_loops import MatrixLoops
 from cnnc.backends.cpu.conv_bf16x3_shape import MatrixParams
 from cnnc.backends.cpu.dense_bf16x3 import convolution
 from cnnc.backends.cpu.gemm import DenseShape
 from cnnc.backends.cpu.machine import TILE_LINE
 from cnnc.backends.cpu.row_index import position
+from cnnc.backends.lower import loops
+from cnnc.backends.lower.body import Body
 from cnnc.ops.blocked import packed_block
 
 __all__ = ["DenseMatrixLoops"]

@@ -13,7 +13,7 @@ from typing import Any
 import tvm_ffi
 from tvm import tirx
 
-from cnnc.backends.cpu import loops
+from cnnc.backends.lower import loops
 
 __all__ = ["finish"]
 

@@ -28,7 +28,7 @@ from cnnc.ops.fused import Fused, Schedule
 from cnnc.target import Target
 
 if TYPE_CHECKING:
-    from cnnc.backends.cpu.body import Body
+    from cnnc.backends.lower.body import Body
 
 __all__ = ["DenseParams", "DenseShape", "DenseTemplate", "build", "cost", "space"]
 
@@ -103,8 +103,8 @@ def build(shape: DenseShape, params: DenseParams, body: Body) -> Any:
     """Make the kernel: a PrimFunc of the body's inputs and the output; the operands begin with x and weight."""
     from tvm import tirx
 
-    from cnnc.backends.cpu import loops
     from cnnc.backends.cpu.reduce_lanes import lane_sum
+    from cnnc.backends.lower import loops
 
     bound = body.bind((*shape.leading, shape.outputs))
     (x, weight), y = bound.operands[:2], bound.output()

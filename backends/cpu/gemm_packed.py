@@ -31,7 +31,7 @@ from cnnc.ops.fused import Fused, Schedule
 from cnnc.target import Target
 
 if TYPE_CHECKING:
-    from cnnc.backends.cpu.body import Body
+    from cnnc.backends.lower.body import Body
 
 __all__ = [
     "Columns",
@@ -98,7 +98,7 @@ def cost(shape: DenseShape, params: PackedParams, machine: Machine) -> float:
 
 def build(shape: DenseShape, params: PackedParams, body: Body) -> Any:
     """Make the kernel: a PrimFunc of the body's inputs and the output; the operands begin with x and weight."""
-    from cnnc.backends.cpu import loops
+    from cnnc.backends.lower import loops
 
     bound = body.bind((*shape.leading, shape.outputs))
     (x, weight), y = bound.operands[:2], bound.output()

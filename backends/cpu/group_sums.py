@@ -12,9 +12,9 @@ from typing import Any
 
 from tvm import tirx
 
-from cnnc.backends.cpu import loops
 from cnnc.backends.cpu.window_shape import WindowShape
 from cnnc.backends.cpu.windows import Sums, Tap
+from cnnc.backends.lower import loops
 
 __all__ = ["sums_by_distance"]
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from tvm import tirx
 
-from cnnc.backends.cpu import loops
-from cnnc.backends.cpu.body import Body
 from cnnc.backends.cpu.gemm_packed import Columns, last_columns
 from cnnc.backends.cpu.matmul import VECTORS, MatMulParams, MatMulShape
 from cnnc.backends.cpu.register_tile import RegisterTile, register_tile, store_sums
 from cnnc.backends.cpu.row_index import at_most, position
 from cnnc.backends.cpu.segments import even_split
 from cnnc.backends.cpu.transpose_block import transpose_block
+from cnnc.backends.lower import loops
+from cnnc.backends.lower.body import Body
 
 __all__ = ["MatMulLoops"]
 

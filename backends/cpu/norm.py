@@ -27,7 +27,7 @@ from cnnc.ops.norm import ChannelNorm, LayerNorm
 from cnnc.target import Target
 
 if TYPE_CHECKING:
-    from cnnc.backends.cpu.body import Body
+    from cnnc.backends.lower.body import Body
 
 __all__ = ["NormParams", "NormShape", "NormTemplate", "build", "cost"]
 
@@ -89,8 +89,8 @@ def cost(shape: NormShape, params: NormParams, machine: Machine) -> float:
 
 def build(shape: NormShape, params: NormParams, body: Body) -> Any:
     """Make the kernel: a PrimFunc of the body's inputs and the output; the operands are x, gamma, perhaps beta."""
-    from cnnc.backends.cpu import loops
     from cnnc.backends.cpu.norm_loops import NormLoops
+    from cnnc.backends.lower import loops
 
     bound = body.bind(shape.output_shape)
     writer = NormLoops(shape, bound)

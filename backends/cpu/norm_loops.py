@@ -7,11 +7,11 @@ from typing import Any
 
 from tvm import tirx
 
-from cnnc.backends.cpu import loops
-from cnnc.backends.cpu.body import BoundBody
 from cnnc.backends.cpu.norm import NormShape
 from cnnc.backends.cpu.reduce_lanes import lane_sum
 from cnnc.backends.cpu.row_index import at_most
+from cnnc.backends.lower import loops
+from cnnc.backends.lower.body import BoundBody
 
 __all__ = ["NormLoops"]
 

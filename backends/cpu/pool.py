@@ -27,7 +27,7 @@ from cnnc.ops.reduce import ReduceMax, ReduceMean, ReduceMin, ReduceSum
 from cnnc.target import Target
 
 if TYPE_CHECKING:
-    from cnnc.backends.cpu.body import Body
+    from cnnc.backends.lower.body import Body
 
 __all__ = ["GlobalPool", "Pool", "PoolKind", "PoolParams", "build", "build_global", "cost", "space"]
 
@@ -79,7 +79,7 @@ def build_global(shape: WindowShape, kind: PoolKind, body: Body) -> Any:
     """Make the kernel that reduces whole images, the window of `shape` being the input; one slice a channel block."""
     from tvm import tirx
 
-    from cnnc.backends.cpu import loops
+    from cnnc.backends.lower import loops
 
     bound = body.bind(shape.output_shape)
     x, y = bound.operands[0], bound.output()

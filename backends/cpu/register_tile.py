@@ -55,7 +55,7 @@ def register_tile(
     """
     from tvm import tirx
 
-    from cnnc.backends.cpu import loops
+    from cnnc.backends.lower import loops
 
     rows, vectors, lanes = tile.rows, tile.vectors, tile.lanes
     sums = loops.buffer("sums", (rows, vectors, lanes), scope="local")
@@ -95,7 +95,8 @@ def store_sums(
     store: Callable[[Any, Any, Any, Any], Any],
 ) -> Any:
     """Write `store(r, v, lane, value(r, v, lane))` for the first `numbers` lanes of every sum of a tile."""
-    from cnnc.backends.cpu import epilogue, loops
+    from cnnc.backends.cpu import epilogue
+    from cnnc.backends.lower import loops
 
     places = list(product(range(tile.rows), range(tile.vectors)))
     if numbers == tile.lanes:
@@ -152,6 +153,6 @@ def vector_starts(index: Any, extent: int, lanes: int) -> Any:
     """
     from tvm import tirx
 
-    from cnnc.backends.cpu import loops
+    from cnnc.backends.lower import loops
 
     return index * lanes if extent % lanes == 0 else tirx.min(index * lanes, loops.const(extent - lanes))

@@ -22,6 +22,6 @@ def at_most(count: int, total: int, first: Any) -> Any:
     """Give how many of `count` there are from `first` on, of `total`."""
     from tvm import tirx
 
-    from cnnc.backends.cpu import loops
+    from cnnc.backends.lower import loops
 
     return count if total % count == 0 else tirx.min(loops.const(count), total - first)

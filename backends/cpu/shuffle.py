@@ -94,7 +94,7 @@ def sources(op: ShuffleChannels, sizes: Iterable[int]) -> list[tuple[int, int]]:
 def _build(kernel: Fused, node: Node, pixels: int, block: int) -> Any:
     from tvm import tirx
 
-    from cnnc.backends.cpu import loops
+    from cnnc.backends.lower import loops
 
     assert isinstance(node.op, ShuffleChannels)
     out = node.types[0]

@@ -25,7 +25,7 @@ from cnnc.ops.softmax import Softmax
 from cnnc.target import Target
 
 if TYPE_CHECKING:
-    from cnnc.backends.cpu.body import Body
+    from cnnc.backends.lower.body import Body
 
 __all__ = ["SoftmaxParams", "SoftmaxShape", "SoftmaxTemplate", "build", "cost"]
 
@@ -70,8 +70,8 @@ def build(shape: SoftmaxShape, params: SoftmaxParams, body: Body) -> Any:
     """Make the kernel: a PrimFunc of the body's inputs and the output; the operand is x."""
     from tvm import tirx
 
-    from cnnc.backends.cpu import loops
     from cnnc.backends.cpu.reduce_lanes import lane_max, lane_sum
+    from cnnc.backends.lower import loops
     from cnnc.backends.lower.vector_math import exp_nonpositive
 
     bound = body.bind((*shape.leading, shape.length))

@@ -14,10 +14,10 @@ from typing import Any
 
 from tvm import tirx
 
-from cnnc.backends.cpu import loops
-from cnnc.backends.cpu.body import BoundBody
 from cnnc.backends.cpu.conv_shape import ConvShape, rows_read
 from cnnc.backends.cpu.epilogue import SIDE_BY_SIDE, finish
+from cnnc.backends.lower import loops
+from cnnc.backends.lower.body import BoundBody
 
 __all__ = ["StagedRows"]
 

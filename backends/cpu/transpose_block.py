@@ -15,7 +15,7 @@ def transpose_block(lanes: int, load: Callable[[int], Any], store: Callable[[int
     """
     from tvm import tirx
 
-    from cnnc.backends.cpu import loops
+    from cnnc.backends.lower import loops
 
     block = loops.buffer("block", (lanes, lanes), scope="local")
 

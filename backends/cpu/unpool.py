@@ -69,7 +69,7 @@ def build(values: int, places: int, dtype: str, index_dtype: str) -> Any:
     """Make the kernel for so many values and places."""
     from tvm import tirx
 
-    from cnnc.backends.cpu import loops
+    from cnnc.backends.lower import loops
 
     x, y = loops.buffer("x", (values,), dtype), loops.buffer("y", (places,), dtype)
     indices = loops.buffer("indices", (values,), index_dtype)

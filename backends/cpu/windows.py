@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 from tvm import tirx
 
-from cnnc.backends.cpu import loops
-from cnnc.backends.cpu.body import BoundBody
 from cnnc.backends.cpu.epilogue import finish
 from cnnc.backends.cpu.segments import Run, Segment, row_segments
 from cnnc.backends.cpu.window_shape import WindowShape
+from cnnc.backends.lower import loops
+from cnnc.backends.lower.body import BoundBody
 
 __all__ = ["Step", "Sums", "Tap", "window_kernel"]
 

@@ -34,7 +34,7 @@ from cnnc.ops.winograd import winograd_layout, winograd_tile
 from cnnc.target import Target
 
 if TYPE_CHECKING:
-    from cnnc.backends.cpu.body import Body
+    from cnnc.backends.lower.body import Body
 
 __all__ = ["Winograd", "WinogradParams", "WinogradShape", "build", "cost", "space"]
 

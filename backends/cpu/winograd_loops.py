@@ -9,11 +9,11 @@ from typing import Any
 
 from tvm import tirx
 
-from cnnc.backends.cpu import loops
-from cnnc.backends.cpu.body import Body
 from cnnc.backends.cpu.machine import Machine
 from cnnc.backends.cpu.segments import even_split
 from cnnc.backends.cpu.winograd_shape import WinogradParams, WinogradShape
+from cnnc.backends.lower import loops
+from cnnc.backends.lower.body import Body
 from cnnc.ops.winograd import Transform
 
 __all__ = ["WinogradLoops"]

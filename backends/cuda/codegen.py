@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cnnc.backends.cuda import tensor_cores
 from cnnc.backends.load_tvm import load_tvm
 from cnnc.errors import VerifyError
 from cnnc.target import Target
@@ -173,4 +174,5 @@ def _with_own_prelude(text: str) -> str:
         for word, header in (("half", "cuda_fp16.h"), ("nv_bfloat16", "cuda_bf16.h"))
         if word in functions
     ]
-    return _PRELUDE + "".join(includes) + functions
+    asynchronous = tensor_cores.SOURCE if tensor_cores.PREFIX in functions else ""
+    return _PRELUDE + "".join(includes) + asynchronous + functions

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cnnc.backends.cuda.flat_epilogue import FlatKernel, flat_kernel
+from cnnc.backends.cuda.machine import MULTIPROCESSORS
 from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.ops.fused import Fused, Schedule
 from cnnc.target import Target
@@ -27,9 +28,6 @@ _FLOPS_PER_SECOND = 1e13
 """What blocks of threads compute when all multiprocessors have some."""
 
 _SECONDS_PER_KERNEL = 2e-6
-
-MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132}
-"""Of the A100, RTX 3090, RTX 4090 and H100: whether there are blocks enough decides between tiles."""
 
 MOST_IMAGES = 65535
 """Blocks of a grid along its third dimension."""

@@ -11,6 +11,7 @@ from tvm import s_tir, tirx
 from cnnc.backends.cuda.codegen import tvm_target
 from cnnc.backends.lower import vector_math
 from cnnc.backends.lower.flatten import flatten_buffers
+from cnnc.backends.lower.loops import WRITTEN_LOOPS
 from cnnc.backends.lower.temporaries import bind_lets
 from cnnc.target import Target
 
@@ -28,17 +29,20 @@ def lower_to_device(func: Any, symbol: str, target: Target, noalias: bool) -> tu
     mod = tvm.IRModule({symbol: func.with_attr("global_symbol", symbol)})
     with tvm.transform.PassContext(opt_level=3):
         mod = tirx.transform.BindTarget(tvm_target(target))(mod)
-        mod = tvm.transform.Sequential(_passes())(mod)
+        mod = tvm.transform.Sequential(_passes(written=bool(func.attrs.get(WRITTEN_LOOPS))))(mod)
         launched = {var: f for var, f in mod.functions.items() if f.attrs.get("calling_conv") == _DEVICE_KERNEL}
         device = tvm.transform.Sequential(_device_passes())(tvm.IRModule(launched))
     # Splitting gives every device function the attribute, whatever it was split from.
     return mod[symbol], _each(device, without_aliases)
 
 
-def _passes() -> list[Any]:
-    """List the steps to device functions: those of TVM's pipeline that default schedules need, in its order."""
+def _passes(written: bool) -> list[Any]:
+    """List the steps to device functions: those of TVM's pipeline that kernels need, in its order.
+
+    `written` ones hand addresses of buffers to functions: TVM must not make a buffer as small as what it sees read.
+    """
     schedule, loops = s_tir.transform, tirx.transform
-    return [
+    scheduled = [
         schedule.CanonicalizeLoop(),
         schedule.LowerCrossThreadReduction(),
         schedule.LowerInitBlock(),
@@ -51,6 +55,9 @@ def _passes() -> list[Any]:
         schedule.StmtSimplify(),
         schedule.AnnotateIrregularLoop(),
         schedule.LowerOpaqueBlock(),
+    ]
+    return [
+        *(() if written else scheduled),
         _module_pass("cnnc.FlattenBuffers", flatten_buffers),
         loops.BF16ComputeLegalize(),
         loops.NarrowDataType(32),

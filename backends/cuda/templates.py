@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from cnnc.backends.cuda.conv_gemm import ConvGemm
+from cnnc.backends.cuda.conv_mma import ConvMma
 from cnnc.backends.cuda.generic import Generic
+from cnnc.backends.cuda.matmul_mma import MatMulMma
 from cnnc.backends.lower.template import Template
 from cnnc.errors import VerifyError
 
-TEMPLATES: tuple[Template, ...] = (ConvGemm(), Generic())
+TEMPLATES: tuple[Template, ...] = (ConvGemm(), ConvMma(), MatMulMma(), Generic())
 
 
 def template(name: str) -> Template:

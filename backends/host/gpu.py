@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
-from cnnc.target import CUDA_ARCHS
+from cnnc.target import CUDA_ARCHS, Target
 
 _MAJOR, _MINOR = 75, 76
 _NO_DEVICE = 100
@@ -26,6 +26,10 @@ class Gpu:
         """
         fitting = [known for known in CUDA_ARCHS if _number(known) <= _number(self.arch)]
         return f"cuda:{fitting[-1]}" if fitting else None
+
+    def runs(self, target: Target) -> bool:
+        """Whether it runs code for a target: for its own architecture, or a lower one of its generation."""
+        return target.is_gpu and target.arch[:-1] == self.arch[:-1] and target.arch <= self.arch
 
 
 def _number(arch: str) -> int:

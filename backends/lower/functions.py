@@ -34,6 +34,10 @@ class Functions:
             return x != 0
         return Expr(tirx.Cast(TVM_DTYPES[dtype], x.node))
 
+    def reinterpret(self, x: Expr, dtype: DType) -> Expr:
+        """Take the bits of x for a number of another type of its size."""
+        return Expr(tirx.reinterpret(TVM_DTYPES[dtype], x.node))
+
     def is_float(self, x: Expr) -> bool:
         """Tell whether an expression is of a float type."""
         return x.dtype.is_float

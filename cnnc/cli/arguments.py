@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from cnnc.errors import UsageError
-from cnnc.options import LEVELS
+from cnnc.options import DTYPES, LEVELS
 
 if TYPE_CHECKING:
     from cnnc.backends.cpu.compile_process import CompileProcess
@@ -86,6 +86,13 @@ def model_options(function: F) -> F:
             show_default=True,
             help="Store weights in 16 bits, widened as kernels load them; arithmetic stays f32.",
         ),
+        click.option(
+            "--dtype",
+            type=click.Choice(DTYPES),
+            default="f32",
+            show_default=True,
+            help="Multiply in this type on a GPU, adding up in f32; the 16-bit ones are also what is stored.",
+        ),
         click.option("--dump-ir", type=click.Path(path_type=Path), help="Folder for the IR after each pass."),
         click.option("--no-cache", is_flag=True, help="Compile every kernel anew."),
     ]
@@ -114,6 +121,7 @@ def options_of(arguments: dict[str, Any]) -> Options:
         exact=arguments["exact"],
         small=arguments["level"] == "s",
         weights=arguments["weights"],
+        dtype=arguments["dtype"],
         dump_ir=arguments["dump_ir"],
         records=_records_of(arguments),
         cache=not arguments["no_cache"],
@@ -151,6 +159,7 @@ def open_model(
             exact=options.exact,
             small=options.small,
             weights=options.weights,
+            dtype=options.dtype,
             dump_ir=options.dump_ir,
             records=options.records,
             cache=options.cache,

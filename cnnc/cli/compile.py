@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     "--measure-error/--no-measure-error",
     default=True,
     show_default=True,
-    help="With narrow weights: compile f32 ones too, and compare.",
+    help="With narrow weights or products: compile in f32 too, and compare.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
@@ -59,7 +59,7 @@ def command(
 def _compile(
     model: str, output: Path, kinds: Sequence[str], arguments: dict[str, Any]
 ) -> tuple[Report, MeasuredError | None, list[Path]]:
-    """Compile, write and, with narrow weights, measure; while this process imports, another one imports TVM."""
+    """Compile, write and, with narrow types, measure; while this process imports, another one imports TVM."""
     for_cpu = arguments["target"].startswith("cpu") and not model.endswith(".so")
     with compile_process(wanted=for_cpu) as helper, _no_garbage_search():
         check_output(output, kinds, len(options_of(arguments).batches))
@@ -86,8 +86,8 @@ def _no_garbage_search() -> Iterator[None]:
 
 
 def _error(module: Module, model: str, arguments: dict[str, Any], report: Report) -> MeasuredError | None:
-    """Measure what storing weights in 16 bits does to the outputs, if that was asked for."""
-    if report.stored is None:
+    """Measure what narrow weights or products do to the outputs; None where nothing is narrow."""
+    if report.stored is None and arguments["dtype"] == "f32":
         return None
     from cnnc.cli.precision import MeasuredError, measure_error
 
@@ -115,7 +115,7 @@ def _content(report: Report, error: MeasuredError | None, files: list[Path], sec
 
 
 def _narrow_content(report: Report, error: MeasuredError | None) -> dict[str, Any]:
-    if report.stored is None or error is None:
+    if error is None:
         return {}
     from cnnc.cli.precision import describe
 
@@ -129,10 +129,12 @@ def _print_summary(report: Report, error: MeasuredError | None, files: list[Path
         click.echo(f"batch    {', '.join(map(str, report.batches))}")
     click.echo(f"kernels  {report.kernels}, {report.kernels_compiled} of them compiled, the rest from the cache")
     click.echo(f"memory   {format_bytes(report.arena_bytes)} arena, {format_bytes(report.weight_bytes)} weights")
-    if report.stored is not None and error is not None:
-        from cnnc.cli.precision import print_stored
+    if error is not None:
+        from cnnc.cli.precision import print_error, print_stored
 
-        print_stored(report.stored, error)
+        if report.stored is not None:
+            print_stored(report.stored)
+        print_error(error, "f32 weights" if report.stored else "f32")
     for file in files:
         click.echo(f"wrote    {file} ({format_bytes(file.stat().st_size)})")
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from cnnc.cli.arguments import compile_options, options_of
-from cnnc.driver import load_graph, templates_for
+from cnnc.driver import check_dtype, load_graph, templates_for
 from cnnc.ir.text import print_graph
 from cnnc.target import Target
 
@@ -33,12 +33,14 @@ def command(model: str | None, list_passes: bool, print_after_each: bool, **argu
     options = options_of(arguments)
     graph = load_graph(model, options)
     target = Target.parse(options.target)
+    check_dtype(options.dtype, target)
     records = tuned_records(options.records, target)
     steps = pipeline(
         *(options.level, templates_for(target), options.passes, records),
         exact=options.exact,
         small=options.small,
         weights=weight_type(options.weights, target),
+        dtype=options.dtype,
     )
     for step in steps:
         graph = run_pipeline(graph, target, [step])

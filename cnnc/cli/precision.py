@@ -1,4 +1,4 @@
-"""What storing weights in 16 bits did to a network: which weights, which not, and the error it makes."""
+"""What narrow weights or products did to a network: which weights are narrow, which not, and the error it makes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from cnnc.target import Target
 INPUTS = 4
 """Random inputs the error is measured on: together some thousand outputs, in the time of as many runs."""
 
-BUDGET = {"f32": 1e-4, "f16": 5e-3, "bf16": 3e-2}
-"""Relative L2 error of a whole network that still agrees with float64, by the type its weights are stored in."""
+BUDGET = {"f32": 1e-4, "tf32": 5e-3, "f16": 5e-3, "bf16": 3e-2}
+"""Relative L2 error of a whole network that still agrees with float64, by its narrowest type."""
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,24 @@ class MeasuredError:
     reason: str = ""
 
 
-def weights_of(module: Module) -> str:
-    """Give the type the weights of a module are stored in."""
-    return str(module.meta.get("options", {}).get("weights", "f32"))
+def precision_of(module: Module) -> str:
+    """Give the narrowest type of a module: that of its products, or of its weights."""
+    options = module.meta.get("options", {})
+    dtype = str(options.get("dtype", "f32"))
+    return str(options.get("weights", "f32")) if dtype == "f32" else dtype
 
 
 def measure_error(narrow: Module, model: str, arguments: dict[str, Any]) -> MeasuredError:
-    """Compare a module with the same model compiled with f32 weights, on `INPUTS` random inputs.
+    """Compare a module with the same model compiled in f32, on `INPUTS` random inputs.
 
-    The f32 module's own error, some 1e-6, is far below what is measured.  A CPU that cannot run the code measures
+    The f32 module's own error, some 1e-6, is far below what is measured.  A machine that cannot run the code measures
     nothing.
     """
-    missing = Target.parse(arguments["target"]).missing_features()
+    missing = _missing(Target.parse(arguments["target"]))
     if missing:
-        reason = f"this machine lacks {', '.join(missing)}; run cnnc verify MODEL BINARY on one that has it"
+        reason = f"this machine lacks {missing}; run cnnc verify MODEL BINARY on one that has it"
         return MeasuredError({}, reason)
-    wide = open_model(model, {**arguments, "weights": "f32", "dump_ir": None}).module
+    wide = open_model(model, {**arguments, "weights": "f32", "dtype": "f32", "dump_ir": None}).module
     rng = np.random.default_rng(0)
     feeds = [{port.name: make_input(port, "random", rng) for port in narrow.inputs} for _ in range(INPUTS)]
     pairs = [(narrow.run(feed), wide.run(feed)) for feed in feeds]
@@ -58,13 +60,24 @@ def measure_error(narrow: Module, model: str, arguments: dict[str, Any]) -> Meas
     )
 
 
-def describe(stored: WeightReport, error: MeasuredError) -> dict[str, Any]:
+def _missing(target: Target) -> str:
+    """Say what this machine lacks to run code for a target; nothing where it runs it."""
+    if not target.is_gpu:
+        return ", ".join(target.missing_features())
+    from cnnc.backends.host.gpu import cuda_driver
+
+    driver = cuda_driver()
+    return "" if driver and any(gpu.runs(target) for gpu in driver.gpus) else f"a GPU that runs {target}"
+
+
+def describe(stored: WeightReport | None, error: MeasuredError) -> dict[str, Any]:
     """Give both as JSON: every constant that stays f32 is listed."""
-    return {"stored": asdict(stored), "error": {"against": "f32 weights", "inputs": INPUTS, **asdict(error)}}
+    measured = {"against": "f32 weights" if stored else "f32", "inputs": INPUTS, **asdict(error)}
+    return {**({"stored": asdict(stored)} if stored else {}), "error": measured}
 
 
-def print_stored(stored: WeightReport, error: MeasuredError) -> None:
-    """Print what is stored how, and the error; what is no weight is summed up."""
+def print_stored(stored: WeightReport) -> None:
+    """Print what is stored how; what is no weight is summed up."""
     rest = sum(constant.bytes for constant in stored.wide)
     count = f"{len(stored.wide)} other constants" if len(stored.wide) != 1 else "1 other constant"
     click.echo(
@@ -73,7 +86,11 @@ def print_stored(stored: WeightReport, error: MeasuredError) -> None:
     )
     for sentence in stored.kept:
         click.echo(f"in f32   {sentence}")
+
+
+def print_error(error: MeasuredError, against: str) -> None:
+    """Print the error, or why there is none."""
     for output, value in error.relative_l2.items():
-        click.echo(f"error    {value:.2e} relative L2 of {output}, against f32 weights on {INPUTS} random inputs")
+        click.echo(f"error    {value:.2e} relative L2 of {output}, against {against} on {INPUTS} random inputs")
     if error.reason:
         click.echo(f"error    not measured: {error.reason}")

@@ -9,7 +9,7 @@ import numpy as np
 
 from cnnc.cli.arguments import compile_options, open_model, options_of, threads_option
 from cnnc.cli.inputs import input_options, read_inputs
-from cnnc.cli.precision import BUDGET, weights_of
+from cnnc.cli.precision import BUDGET, precision_of
 from cnnc.cli.report import print_json, print_table
 from cnnc.driver import load_graph
 from cnnc.errors import UsageError
@@ -26,7 +26,7 @@ from cnnc.profiler.engines import Runner, onnxruntime_runner
 @click.option(
     "--tolerance",
     type=float,
-    help="Relative L2 error that still agrees; by default 1e-4, with weights in f16 5e-3, in bf16 3e-2.",
+    help="Relative L2 error that still agrees; by default 1e-4, with f16 or tf32 5e-3, with bf16 3e-2.",
 )
 @threads_option
 @compile_options
@@ -39,7 +39,7 @@ def command(
     Every batch size is compared, or that which --batch chooses.
     """
     module = open_model(binary or model, arguments).module
-    tolerance = BUDGET[weights_of(module)] if tolerance is None else tolerance
+    tolerance = BUDGET[precision_of(module)] if tolerance is None else tolerance
     rows = []
     for batch in module.batches or (None,):
         feeds = read_inputs((module if batch is None else module.with_batch(batch)).inputs, arguments)

@@ -25,6 +25,11 @@ def weight_layout(rank: int, input_block: int, output_block: int) -> Layout:
     return Layout(f"OI{_SPATIAL[rank - 2]}{inner}{output_block}o")
 
 
+def tile_layout(rank: int, block: int) -> Layout:
+    """Give the layout of convolution weights whose rows of `block` input channels tensor cores load: `HWIO8i`."""
+    return Layout(f"{_SPATIAL[rank - 2]}IO{block}i")
+
+
 def packed_block(lanes: int) -> int:
     """Give how many outputs lie together in the packed weight of a fully connected layer, for vectors of `lanes` f32.
 

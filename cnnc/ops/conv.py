@@ -15,7 +15,7 @@ from cnnc.ir.graph import Value
 from cnnc.ir.layout import Layout
 from cnnc.ir.op import Example, ForeignNode, Kind, Op, onnx, random_array
 from cnnc.ir.types import DType, TensorType
-from cnnc.ops.blocked import channel_block, channel_layout, every, fixed, plain_only, tensor, weight_layout
+from cnnc.ops.blocked import channel_block, channel_layout, every, fixed, plain_only, tensor, tile_layout, weight_layout
 from cnnc.ops.broadcast import widen, working_dtype
 from cnnc.ops.numeric import cast_to, check_floats, check_vector, narrow
 from cnnc.ops.window import Window, read_window
@@ -98,7 +98,8 @@ class Conv(Op):
 
         With groups the blocks must divide the groups' channels.  Or, as in a depthwise convolution, whole groups fit
         into a block, which stays the same: then the weight is OIHW{b}o.  The bias is plain.  Transformed weights for
-        NCHW{b}c are HWOI{b}i{o}o.
+        NCHW{b}c are HWOI{b}i{o}o.  Weights in HWIO{b}i keep the block of x, too: untransformed, with
+        whole blocks in each group if there are several.
         """
         block = channel_block(self.name, "x", x)
         plain_only(self.name, bias=b)
@@ -106,6 +107,8 @@ class Conv(Op):
             if block > 1:
                 raise ShapeError(f"{self.name}: x is in layout {x.layout} but the weight is plain")
             return (None,)
+        if block > 1 and w.layout == tile_layout(w.rank, block) and fills_tiles(self, w, block):
+            return (x.layout,)
         out_block = w.layout.block("O")
         if block > 1 and self.groups > 1 and w.layout == weight_layout(w.rank, 1, out_block):
             if block != out_block or x.shape[1] != w.shape[0] or block % w.static_shape[1]:
@@ -166,6 +169,9 @@ class Conv(Op):
             if conditions:
                 value = te.where(every(te, conditions), value, te.const(0, x_type.dtype))
             weight = te.at(weights, w_type, o, ic, *taps)
+            if out.layout and w_type.layout and w_type.layout.block("O") == 1:
+                # Output channels that the weight has no pad lanes for.
+                weight = te.where(o < w_type.static_shape[0], weight, te.const(0, w_type.dtype))
             return te.sum(cast_to(te, value, out.dtype, wide) * cast_to(te, weight, out.dtype, wide), [ic, *taps])
 
         # Weights are 0 in the pad lanes, but an infinite input makes NaN of it: `finish` puts the 0 back.
@@ -210,6 +216,9 @@ class Conv(Op):
             (1, 12, 6, 6), (12, 2, 3, 3), (2, 1), (1, 1, 1, 1), groups=6, bias=True, blocks=(8, 8), inside=True
         )
         yield _example((2, 5, 11), (7, 5, 3), (1,), (1, 1), blocks=(4, 4))
+        yield _example((2, 5, 6, 7), (11, 5, 3, 2), (2, 1), (1, 0, 1, 1), bias=True, blocks=(8, 1))
+        yield _example((1, 8, 5, 5), (8, 8, 1, 1), (1, 1), (0, 0, 0, 0), blocks=(4, 1))
+        yield _example((1, 16, 5, 4), (32, 8, 3, 1), (1, 1), (1, 0, 1, 0), groups=2, bias=True, blocks=(8, 1))
         yield _winograd_example(4, (1, 3, 9, 7), 5, (1, 1, 1, 1), bias=True)
         yield _winograd_example(2, (2, 4, 5, 6), 3, (0, 2, 1, 0))
         yield _winograd_example(4, (1, 6, 9, 8), 10, (1, 1, 1, 1), bias=True, blocks=(8, 8))
@@ -217,6 +226,12 @@ class Conv(Op):
         yield _winograd_example(4, (1, 3, 11, 12), 5, (1, 1, 1, 1), stride=(2, 2), bias=True)
         yield _winograd_example(4, (1, 9, 7, 8), 8, (2, 2, 2, 2), kernel=(5, 5), blocks=(8, 8))
         yield _winograd_example(2, (1, 4, 6, 9), 6, (0, 3, 0, 3), kernel=(1, 7))
+
+
+def fills_tiles(conv: Conv, w: TensorType, block: int) -> bool:
+    """Whether a convolution is one product of matrices, or one a group, each of whole blocks of channels."""
+    outputs, inputs = w.static_shape[0] // conv.groups, w.static_shape[1]
+    return conv.tile is None and (conv.groups == 1 or (inputs % block == 0 and outputs % block == 0))
 
 
 def _example(
@@ -231,10 +246,12 @@ def _example(
     blocks: tuple[int, int] = (1, 1),
     inside: bool = False,
 ) -> Example:
-    """Make an example; `blocks` are the channel blocks of the input and the output; `inside`: groups fit into them."""
+    """Make an example; `blocks` are those of the input's and the weight's channels; `inside`: groups fit in."""
     op = Conv(stride, pad, dilation or (1,) * len(stride), groups)
     inside = inside or groups == x[1] == w[0]
     layout = weight_layout(len(w), 1 if inside else blocks[0], blocks[1]) if blocks[1] > 1 else None
+    if blocks[0] > blocks[1] == 1:
+        layout = tile_layout(len(w), blocks[0])
     types = [TensorType(x, dtype, channel_layout(len(x), blocks[0])), TensorType(w, dtype, layout)]
     return Example(op, (*types, TensorType((w[0],), dtype)) if bias else tuple(types))
 

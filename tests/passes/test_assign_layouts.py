@@ -17,6 +17,7 @@ from cnnc.ops import (
     AveragePool,
     Concat,
     Constant,
+    Conv,
     Dense,
     LayoutTransform,
     Lrn,
@@ -34,6 +35,7 @@ from cnnc.ops import (
 from cnnc.passes import assign_layouts
 from cnnc.passes.assign_layouts import AssignLayouts
 from cnnc.passes.fuse import Fuse
+from cnnc.target import Target
 from tests.passes.graphs import TARGET, batch_norm, check, conv, graph_of, image, operators, weights
 
 ASSIGN = AssignLayouts()
@@ -217,25 +219,25 @@ def zigzag(rng: np.random.Generator, kinds: str) -> Graph:
 
 def seconds(graph: Graph, blocked: set[Node], wanted: assign_layouts.Wanted, block: int) -> float:
     """Add up the costs of an assignment, plainly."""
-    total = sum(assign_layouts._node_cost(n, block, blocked=n in blocked) for n in wanted)
+    total = sum(assign_layouts._node_cost(n, assign_layouts.Form(block), blocked=n in blocked) for n in wanted)
     for value, users in graph.users.items():
         if isinstance(value.op, Constant) or value.type.rank != 4:
             continue
         made = value.node in blocked
         read = {u in blocked for u in users} | ({False} if value in graph.outputs else set())
-        total += assign_layouts._transform_cost(value, block) * ((not made) in read)
+        total += assign_layouts._transform_cost(value, assign_layouts.Form(block)) * ((not made) in read)
     return total
 
 
 @pytest.mark.parametrize("kinds", ["crtrc", "trcrt", "rrcrr", "ctctc", "rtrtcr"])
 def test_the_cut_is_the_cheapest_of_all_assignments(rng, kinds):
     graph = zigzag(rng, kinds)
-    wanted = {n: w for n in graph.nodes if (w := assign_layouts.wanted_layouts(n, 8)) is not None}
+    wanted = {n: w for n in graph.nodes if (w := assign_layouts.wanted_layouts(n, assign_layouts.Form(8))) is not None}
     choices = [
         {n for n, chosen in zip(wanted, bits, strict=True) if chosen}
         for bits in itertools.product((False, True), repeat=len(wanted))
     ]
-    cut = assign_layouts._minimum_cut(graph, wanted, 8)
+    cut = assign_layouts._minimum_cut(graph, wanted, assign_layouts.Form(8))
     best = min(seconds(graph, choice, wanted, 8) for choice in choices)
     assert seconds(graph, cut, wanted, 8) == pytest.approx(best, rel=1e-6)
     check(ASSIGN, graph, rng)
@@ -246,3 +248,24 @@ def test_a_transform_is_made_once(rng):
     done = check(ASSIGN, graph_of(call(Softmax(1), y), call(Softmax(2), y), call(Relu(), y)), rng)
     made = [n for n in done.nodes if isinstance(n.op, LayoutTransform)]
     assert len({(n.inputs, n.op) for n in made}) == len(made)
+
+
+TENSOR_CORES = AssignLayouts(block=8, tensor_cores=True)
+GPU = Target.parse("cuda:sm_80")
+
+
+def test_tensor_cores_read_every_image_in_blocks(rng):
+    """Few channels too, since those that are missing cost less than ordinary cores; weights lie as tiles do."""
+    x = image(1, 3, 12, 12)
+    y = call(Relu(), conv(x, weights(rng, 12, 3, 3, 3), weights(rng, 12), stride=2))
+    y = call(Add(), conv(y, weights(rng, 12, 1, 3, 3), pad=1, groups=12), y)
+    done = check(TENSOR_CORES, graph_of(conv(y, weights(rng, 9, 12, 1, 1))), rng, GPU)
+    found = [[str(v.type.layout) for v in n.inputs[:2]] for n in done.nodes if isinstance(n.op, Conv)]
+    assert found == [["NCHW8c", "HWIO8i"], ["NCHW8c", "OIHW8o"], ["NCHW8c", "HWIO8i"]]
+    assert operators(done) == ["layout_transform", "conv", "relu", "conv", "add", "conv", "layout_transform"]
+
+
+def test_blocks_for_tensor_cores_are_for_gpus_and_others_for_cpus(rng):
+    graph = graph_of(conv(image(1, 16, 12, 12), weights(rng, 16, 16, 3, 3)))
+    for step, target in ((TENSOR_CORES, TARGET), (AssignLayouts(block=8), GPU), (AssignLayouts(), GPU)):
+        assert print_graph(check(step, graph, rng, target)) == print_graph(graph)

@@ -55,6 +55,16 @@ def test_the_pipeline_keeps_the_numbers(arch: str, graph: Graph, level: int, see
     assert plan.size >= live_bytes(done)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("tf32", 2e-3), ("f16", 2e-3), ("bf16", 1.6e-2)])
+@given(graph=networks(largest=20), level=st.sampled_from(LEVELS), seed=st.integers(0, 1000))
+@MANY
+def test_narrow_products_keep_the_numbers(dtype: str, tolerance: float, graph: Graph, level: int, seed: int):
+    target = Target.parse("cuda:sm_90")
+    done = run_pipeline(graph, target, pipeline(level, [Anything()], dtype=dtype))
+    assert_same_numbers(graph, done, np.random.default_rng(seed), tolerance)
+    check_plan(done, plan_memory(done, target))
+
+
 @given(graph=networks(), text=st.lists(st.sampled_from(PASSES[:7]), max_size=5), seed=st.integers(0, 1000))
 @MANY
 def test_passes_in_any_order_keep_the_numbers(graph: Graph, text: list[str], seed: int):

@@ -9,8 +9,8 @@ import pytest
 
 from cnnc.backends.cpu import attention
 from cnnc.backends.cpu.attention import AttentionParams, AttentionShape
-from cnnc.backends.cpu.body import Body
 from cnnc.backends.cpu.machine import AVX2, AVX512, Machine
+from cnnc.backends.lower.body import Body
 from cnnc.ops.attention import Attention
 
 MACHINES = {8: AVX2, 16: AVX512}

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from cnnc.backends.cpu import conv_bf16x3
-from cnnc.backends.cpu.body import plain_body
 from cnnc.backends.cpu.conv_bf16x3 import MatrixParams
 from cnnc.backends.cpu.conv_shape import ConvShape
 from cnnc.backends.cpu.machine import AVX512
+from cnnc.backends.lower.body import plain_body
 from cnnc.ir.layout import Layout
 from tests.backends.cpu import tiles
 from tests.backends.cpu.conftest import TEST_CPU

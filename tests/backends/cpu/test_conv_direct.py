@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from cnnc.backends.cpu import conv_direct
-from cnnc.backends.cpu.body import Body, plain_body
 from cnnc.backends.cpu.conv_direct import ConvShape
 from cnnc.backends.cpu.machine import AVX2, AVX512, Machine
+from cnnc.backends.lower.body import Body, plain_body
 from cnnc.errors import VerifyError
 from cnnc.ir.layout import Layout
 

@@ -10,11 +10,11 @@ import pytest
 
 import cnnc
 from cnnc.backends.cpu import conv_bf16x3, dense_bf16x3
-from cnnc.backends.cpu.body import Body, plain_body
 from cnnc.backends.cpu.conv_bf16x3_shape import MatrixParams
 from cnnc.backends.cpu.gemm import DenseShape
 from cnnc.backends.cpu.gemm_packed import weight_shape
 from cnnc.backends.cpu.machine import AVX512
+from cnnc.backends.lower.body import Body, plain_body
 from cnnc.ir.build import call
 from cnnc.ir.graph import Graph
 from cnnc.ir.interp import run

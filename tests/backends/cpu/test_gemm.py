@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from cnnc.backends.cpu import gemm
-from cnnc.backends.cpu.body import plain_body
 from cnnc.backends.cpu.gemm import DenseParams, DenseShape
 from cnnc.backends.cpu.machine import AVX2, AVX512, Machine
+from cnnc.backends.lower.body import plain_body
 
 MACHINES = {8: AVX2, 16: AVX512}
 SIZES = [

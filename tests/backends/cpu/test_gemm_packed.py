@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from cnnc.backends.cpu import gemm_packed
-from cnnc.backends.cpu.body import plain_body
 from cnnc.backends.cpu.gemm import DenseShape
 from cnnc.backends.cpu.gemm_packed import PackedParams
 from cnnc.backends.cpu.machine import AVX2, AVX512, Machine
+from cnnc.backends.lower.body import plain_body
 from cnnc.ops.blocked import packed_block, weight_layout
 
 MACHINES = {8: AVX2, 16: AVX512}

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from cnnc.backends.cpu import matmul
-from cnnc.backends.cpu.body import plain_body
 from cnnc.backends.cpu.machine import AVX2, AVX512
 from cnnc.backends.cpu.matmul import MatMulParams, MatMulShape
+from cnnc.backends.lower.body import plain_body
 from cnnc.ops.dense import MatMul
 
 MACHINES = {8: AVX2, 16: AVX512}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cnnc.backends.cpu import norm
-from cnnc.backends.cpu.body import plain_body
 from cnnc.backends.cpu.norm import NormParams, NormShape
+from cnnc.backends.lower.body import plain_body
 from cnnc.ops.blocked import channel_layout
 
 

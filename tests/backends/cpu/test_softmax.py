@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cnnc.backends.cpu import softmax
-from cnnc.backends.cpu.body import plain_body
 from cnnc.backends.cpu.softmax import SoftmaxParams, SoftmaxShape
+from cnnc.backends.lower.body import plain_body
 from cnnc.ops.softmax import Softmax
 
 

@@ -12,7 +12,7 @@ from cnnc.backends.cpu.transpose_block import transpose_block
 
 @pytest.mark.parametrize("lanes", [2, 4, 8, 16])
 def test_rows_become_columns(call_kernel: Any, lanes: int) -> None:
-    from cnnc.backends.cpu import loops
+    from cnnc.backends.lower import loops
 
     x, y = loops.buffer("x", (3, lanes, lanes)), loops.buffer("y", (3, lanes, lanes))
 

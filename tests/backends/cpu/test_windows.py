@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from cnnc.backends.cpu import depthwise, pool
-from cnnc.backends.cpu.body import plain_body
 from cnnc.backends.cpu.machine import AVX2, AVX512, Machine
 from cnnc.backends.cpu.window_shape import WindowShape
+from cnnc.backends.lower.body import plain_body
 from cnnc.ir.layout import Layout
 
 MACHINES = {8: AVX2, 16: AVX512}

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from cnnc.backends.cpu import winograd
-from cnnc.backends.cpu.body import Body, plain_body
 from cnnc.backends.cpu.conv_shape import ConvShape
 from cnnc.backends.cpu.machine import AVX2, AVX512, Machine
 from cnnc.backends.cpu.winograd import Winograd, WinogradParams, WinogradShape
+from cnnc.backends.lower.body import Body, plain_body
 from cnnc.ir.build import call
 from cnnc.ir.graph import Graph
 from cnnc.ir.interp import evaluate

@@ -25,7 +25,8 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put loops over eight buffers in the place of the instructions, rounding as their description says."""
     from tvm import tirx
 
-    from cnnc.backends.cpu import amx, loops
+    from cnnc.backends.cpu import amx
+    from cnnc.backends.lower import loops
 
     registers = [loops.buffer(f"tile{number}", (16, 16), "uint32") for number in range(8)]
 

@@ -72,15 +72,15 @@ def feeds_of(graph: Graph, seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def build(graph: Graph, folder: Path, target: str = "cuda:sm_90") -> Path:
-    cnnc.compile(graph, target=target).save(folder / "net.so")
+def build(graph: Graph, folder: Path, target: str = "cuda:sm_90", dtype: str = "f32") -> Path:
+    cnnc.compile(graph, target=target, dtype=dtype).save(folder / "net.so")
     return folder / "net.so"
 
 
-def check_network(net: Network, gpu: FakeGpu, folder: Path) -> None:
+def check_network(net: Network, gpu: FakeGpu, folder: Path, dtype: str = "f32", bound: float = 1e-5) -> None:
     """Run in several orders of threads; all must agree with the interpreter, and with each other bit for bit."""
     graph = net.graph()
-    library, feeds = build(graph, folder), feeds_of(graph, 3)
+    library, feeds = build(graph, folder, dtype=dtype), feeds_of(graph, 3)
     wanted = evaluate(graph, feeds, precise=True)
     first: dict[str, np.ndarray] = {}
     for order in (FORWARD, BACKWARD, SHUFFLED + 5):
@@ -89,7 +89,7 @@ def check_network(net: Network, gpu: FakeGpu, folder: Path) -> None:
         assert (report.alive, report.retained, report.current) == (0, 0, 0)
         for name, reference in wanted.items():
             error = np.linalg.norm(results[name] - reference) / np.linalg.norm(reference)
-            assert error <= 1e-5, (name, error)
+            assert error <= bound, (name, error)
             assert np.array_equal(results[name], first.setdefault(name, results[name])), f"{name} in order {order}"
 
 

@@ -45,12 +45,11 @@ def source_of(fused: Fused, symbol: str) -> CudaSource:
     return cuda_source(TEMPLATE.build(fused, chosen, TARGET), symbol, TARGET)
 
 
-def plain_examples(name: str) -> list[Example]:
-    """The examples a GPU meets: blocked layouts are for the vectors of CPUs."""
-    return [e for e in OPERATORS[name].examples() if all(type_.layout is None for type_ in e.types)]
+def examples(name: str) -> list[Example]:
+    return list(OPERATORS[name].examples())
 
 
-NAMES = [name for name in sorted(OPERATORS) if plain_examples(name)]
+NAMES = [name for name in sorted(OPERATORS) if examples(name)]
 GROUPS = [NAMES[i : i + 16] for i in range(0, len(NAMES), 16)]
 
 
@@ -62,13 +61,13 @@ FEW = 8
 
 @in_groups
 def test_every_operator(names: Sequence[str], tmp_path: Path) -> None:
-    check_examples([(n, i, e) for n in names for i, e in few_of(list(enumerate(plain_examples(n))))], tmp_path)
+    check_examples([(n, i, e) for n in names for i, e in few_of(list(enumerate(examples(n))))], tmp_path)
 
 
 @in_groups
 @pytest.mark.slow
 def test_every_example_of_every_operator(names: Sequence[str], tmp_path: Path) -> None:
-    check_examples([(n, i, e) for n in names for i, e in enumerate(plain_examples(n))], tmp_path)
+    check_examples([(n, i, e) for n in names for i, e in enumerate(examples(n))], tmp_path)
 
 
 def few_of(numbered: list[tuple[int, Example]]) -> list[tuple[int, Example]]:

@@ -18,11 +18,13 @@ from cnnc.backends.cuda.generic import Generic
 from cnnc.backends.cuda.kernels import compiled, kernel_job
 from cnnc.backends.cuda.nvcc import Usage, find_nvcc, read_usage
 from cnnc.backends.host.device import DeviceCode
-from cnnc.driver import Report
+from cnnc.backends.lower.identity import anonymous
+from cnnc.driver import Options, Report, load_graphs, lower
 from cnnc.errors import EnvironmentProblem
 from cnnc.frontends.dsl import load_network
 from cnnc.ir.build import call
 from cnnc.ir.graph import Graph
+from cnnc.ir.text import print_graph
 from cnnc.ir.types import DType, TensorType
 from cnnc.ops import Conv, ReduceSum, Relu
 from cnnc.ops.fused import Fused
@@ -138,27 +140,43 @@ def test_hot_kernels_need_no_stack(arch: str) -> None:
 @needs_nvcc
 @pytest.mark.usefixtures("kept")
 def test_lenet5_compiles(tmp_path: Path) -> None:
-    compile_example("lenet5.py:lenet5", "cuda:sm_90", tmp_path)
+    compile_example("lenet5.py:lenet5", "cuda:sm_90", "f32", tmp_path)
 
 
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.usefixtures("kept")
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("network", [f"{file}:{name}" for file, name in SMALLEST.items()])
-def test_every_example_compiles(network: str, arch: str, tmp_path: Path) -> None:
+def test_every_example_compiles(network: str, arch: str, dtype: str, tmp_path: Path) -> None:
     """The smallest network of each file; the others of a file are of the same layers."""
-    compile_example(network, f"cuda:{arch}", tmp_path)
+    compile_example(network, f"cuda:{arch}", dtype, tmp_path)
 
 
-def compile_example(network: str, target: str, folder: Path) -> None:
+def compile_example(network: str, target: str, dtype: str, folder: Path) -> None:
     net = load_network(f"{ROOT / 'examples' / network}")
     net = net if net.weights else net.init(seed=0)
     report = Report()
-    module = cnnc.compile(net, target=target, report=report)
+    module = cnnc.compile(net, target=target, dtype=dtype, report=report)
     module.save(folder / "net.so")
     assert report.kernels == len({kernel.symbol for kernel in module.build.program.calls})
     assert module.target == target
     total = sum(np.prod(array.shape) for array in net.weights.values())
-    assert (folder / "net.so").stat().st_size > total * 4 * 0.9
+    assert (folder / "net.so").stat().st_size > total * (4 if dtype == "f32" else 2) * 0.9
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("dtype", ["f16", "tf32"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_resnet50_is_on_tensor_cores_and_in_registers(arch: str, dtype: str) -> None:
+    options = Options(target=f"cuda:{arch}", dtype=dtype, batch=1)
+    lowered = lower(load_graphs(f"{ROOT / 'examples/resnet.py'}:resnet50", options), options, Report())
+    kernels = [node.op for node in lowered.graphs[0].nodes if isinstance(node.op, Fused)]
+    assert [k.schedule.template for k in kernels if k.anchor == "conv"] == ["conv_mma"] * 53
+    for kernel in {print_graph(anonymous(k.body)): k for k in kernels}.values():
+        done = compiled(kernel_job("hot", kernel, lowered.target).make(), lowered.target)
+        assert all(u.stack_bytes == u.spill_bytes == 0 for u in done.usage), kernel

@@ -31,7 +31,7 @@ READS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
 @pytest.mark.parametrize("name", READS)
 def test_quotient_and_remainder(name: str, tmp_path: Path) -> None:
     load_tvm()
-    from cnnc.backends.cpu import loops
+    from cnnc.backends.lower import loops
 
     x, y = loops.buffer("x", (ROWS, COLUMNS)), loops.buffer("y", (COUNT,))
     body = loops.parallel(COUNT, lambda i: loops.store(y, loops.load(x, *READS[name](i)), i))

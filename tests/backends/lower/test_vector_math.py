@@ -114,7 +114,7 @@ def test_gelu_is_as_exact_as_its_argument(target: Target, tmp_path: Path) -> Non
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_the_terms_of_a_softmax(target: Target, tmp_path: Path) -> None:
     load_tvm()
-    from cnnc.backends.cpu import loops
+    from cnnc.backends.lower import loops
     from cnnc.backends.lower.vector_math import exp_nonpositive
 
     x, y = loops.buffer("x", (LENGTH,)), loops.buffer("y", (LENGTH,))

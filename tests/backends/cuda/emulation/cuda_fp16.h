@@ -9,3 +9,5 @@ CNNC_NARROW_OPERATORS(half)
 
 static inline half __float2half_rn(float value) { return half(value); }
 static inline float __half2float(half value) { return float(value); }
+
+struct __attribute__((aligned(4))) half2 { half x, y; };

@@ -29,12 +29,22 @@ struct Index {
 
 enum class State { READY, AT_BARRIER, AT_SHUFFLE, DONE };
 
+enum { MOST_EXCHANGED = 32 };
+
 struct Warp {
   unsigned live = 0;     /* lanes that have not ended */
   unsigned arrived = 0;  /* lanes that wait in a shuffle */
   unsigned mask = 0;     /* lanes it waits for */
-  unsigned long long given[WARP];
-  unsigned long long taken[WARP];
+  char given[WARP][MOST_EXCHANGED];
+  char taken[WARP][MOST_EXCHANGED];
+};
+
+/* A copy to shared memory that is on its way (see tensor_cores.h). */
+struct Copy {
+  void *to;
+  const void *from;
+  bool valid, landed;
+  unsigned group;
 };
 
 struct Thread {
@@ -43,6 +53,8 @@ struct Thread {
   unsigned lane;
   Warp *warp;
   State state;
+  std::vector<Copy> copies;
+  unsigned groups; /* of copies, that are complete */
 };
 
 struct Machine {
@@ -55,6 +67,7 @@ struct Machine {
   void (*body)(void *) = nullptr;
   void *argument = nullptr;
   const char *error = nullptr;
+  unsigned order = FORWARD;
   unsigned long long random = 0;
 };
 
@@ -137,23 +150,55 @@ static void start_threads() {
     thread.warp->live |= 1u << thread.lane;
     thread.state = State::READY;
     thread.stack = new_stack(i);
+    thread.copies.clear();
+    thread.groups = 0;
   }
 }
 
-/* Lets the threads that wait in complete shuffles go on; tells whether there were any. */
-static bool release_shuffles() {
-  bool released = false;
-  for (Warp &warp : machine.warps) {
-    if (warp.arrived != 0 && (warp.mask & ~warp.arrived) == 0) {
-      std::memcpy(warp.taken, warp.given, sizeof warp.taken);
-      for (Thread &thread : machine.threads) {
-        if (thread.warp == &warp && thread.state == State::AT_SHUFFLE) {
-          thread.state = State::READY;
-        }
-      }
-      warp.arrived = 0;
-      released = true;
+/* Lets a warp's threads that wait in a complete shuffle go on; tells whether there were any. */
+static bool release_shuffle(unsigned number) {
+  Warp &warp = machine.warps[number];
+  if (warp.arrived == 0 || (warp.mask & ~warp.arrived) != 0) {
+    return false;
+  }
+  std::memcpy(warp.taken, warp.given, sizeof warp.taken);
+  for (unsigned i = number * WARP; i < machine.threads.size() && i < (number + 1) * WARP; i++) {
+    if (machine.threads[i].state == State::AT_SHUFFLE) {
+      machine.threads[i].state = State::READY;
     }
+  }
+  warp.arrived = 0;
+  return true;
+}
+
+/* Runs some threads until they wait or end. */
+static void run_threads(unsigned first, unsigned count, unsigned order) {
+  for (unsigned i : in_order(count, order)) {
+    Thread &thread = machine.threads[first + i];
+    if (thread.state == State::READY) {
+      machine.current = &thread;
+      cnnc_switch(&machine.scheduler, thread.stack);
+    }
+  }
+}
+
+/* Lets every thread go on for a while.  In FORWARD and BACKWARD order each warp goes as far as it comes by itself, so
+ * that warps are far apart where no barrier holds them together; else all keep step.  Tells whether any may go on. */
+static bool run_round(unsigned order) {
+  unsigned count = unsigned(machine.threads.size()), warps = unsigned(machine.warps.size());
+  bool released = false;
+  if (order >= SHUFFLED) {
+    run_threads(0, count, order);
+  }
+  for (unsigned warp : in_order(warps, order)) {
+    if (order >= SHUFFLED) {
+      released |= release_shuffle(warp);
+      continue;
+    }
+    do {
+      unsigned first = warp * WARP;
+      run_threads(first, count - first < WARP ? count - first : WARP, order);
+    } while (machine.error == nullptr && release_shuffle(warp));
   }
   return released;
 }
@@ -163,17 +208,11 @@ static bool run_block(unsigned order) {
   start_threads();
   unsigned count = unsigned(machine.threads.size());
   for (;;) {
-    for (unsigned i : in_order(count, order)) {
-      Thread &thread = machine.threads[i];
-      if (thread.state == State::READY) {
-        machine.current = &thread;
-        cnnc_switch(&machine.scheduler, thread.stack);
-      }
-    }
+    bool released = run_round(order);
     if (machine.error != nullptr) {
       return false;
     }
-    if (release_shuffles()) {
+    if (released) {
       continue;
     }
     unsigned waiting = 0, done = 0;
@@ -221,6 +260,7 @@ const char *launch(void (*function)(A...), const unsigned *grid, const unsigned 
   machine.body = Call<A...>::run;
   machine.argument = &call;
   machine.error = nullptr;
+  machine.order = order;
   machine.random = order;
   for (unsigned i : in_order(grid[0] * grid[1] * grid[2], order)) {
     machine.block_index = {i % grid[0], i / grid[0] % grid[1], i / grid[0] / grid[1]};
@@ -233,20 +273,33 @@ const char *launch(void (*function)(A...), const unsigned *grid, const unsigned 
 
 template <class... A> constexpr unsigned count_arguments(void (*)(A...)) { return sizeof...(A); }
 
-/* Waits until all lanes of the mask are here, and gives what lane `source` brought. */
-template <class T> T exchange(unsigned mask, T value, unsigned source) {
-  static_assert(sizeof(T) <= sizeof(unsigned long long), "a shuffle moves up to 8 bytes");
+/* Waits until all lanes of the mask are here, each with a value. */
+template <class T> void meet(unsigned mask, const T &value) {
+  static_assert(sizeof(T) <= MOST_EXCHANGED, "lanes hand each other up to 32 bytes");
   Thread &thread = *machine.current;
   Warp &warp = *thread.warp;
   if (!(mask >> thread.lane & 1u) || (mask & ~warp.live) != 0 || (warp.arrived != 0 && warp.mask != mask)) {
     machine.error = "a shuffle's mask is not the lanes that are there";
   }
-  std::memcpy(&warp.given[thread.lane], &value, sizeof value);
+  std::memcpy(warp.given[thread.lane], &value, sizeof value);
   warp.arrived |= 1u << thread.lane;
   warp.mask = mask;
   wait(State::AT_SHUFFLE);
-  std::memcpy(&value, &warp.taken[source], sizeof value);
+}
+
+/* Gives what lane `source` brought. */
+template <class T> T exchange(unsigned mask, T value, unsigned source) {
+  meet(mask, value);
+  std::memcpy(&value, machine.current->warp->taken[source], sizeof value);
   return value;
+}
+
+/* Gives what every lane brought; all of a warp take part. */
+template <class T> void exchange_all(const T &value, T *all) {
+  meet(0xffffffffu, value);
+  for (unsigned lane = 0; lane < WARP; lane++) {
+    std::memcpy(&all[lane], machine.current->warp->taken[lane], sizeof value);
+  }
 }
 
 /* The lane a shuffle reads, its own where that lies outside of its group of `width` lanes. */
@@ -336,6 +389,10 @@ using float2 = Vector2<float>;
 using float4 = Vector4<float>;
 using int2 = Vector2<int>;
 using int4 = Vector4<int>;
+using uint2 = Vector2<unsigned>;
+using uint4 = Vector4<unsigned>;
+using ushort2 = Vector2<unsigned short>;
+using ushort4 = Vector4<unsigned short>;
 using double2 = Vector2<double>;
 static inline float2 make_float2(float x, float y) { return {x, y}; }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }

@@ -15,7 +15,7 @@ from typing import Any
 import tvm_ffi
 from tvm import te, tirx
 
-from cnnc.backends.cpu import loops
+from cnnc.backends.lower import loops
 from cnnc.errors import VerifyError
 
 __all__ = ["Body", "BoundBody", "plain_body"]

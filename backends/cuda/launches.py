@@ -1,0 +1,41 @@
+"""Launches in TIR, written down rather than scheduled: threads, blocks, and calls of device functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tvm
+from tvm import tirx
+
+from cnnc.backends.lower import loops
+
+__all__ = ["address", "barrier", "call", "launch"]
+
+_BLOCKS = ("blockIdx.x", "blockIdx.y", "blockIdx.z")
+
+
+def launch(grid: Sequence[int], threads: int, body: Callable[..., Any]) -> Any:
+    """Run `body(thread, *block)` in every thread of a grid of up to three dimensions."""
+    sizes = [("threadIdx.x", threads), *zip(_BLOCKS, grid, strict=False)]
+    indices = [tirx.Var(tag.replace(".", "_"), "int32") for tag, _ in sizes]
+    statement = body(*indices)
+    for index, (tag, size) in zip(indices, sizes, strict=True):
+        axis = tirx.IterVar(tvm.ir.Range(0, size), index, tirx.IterVar.ThreadIndex, tag)
+        statement = tirx.AttrStmt(axis, "thread_extent", loops.const(size), statement)
+    return statement
+
+
+def address(buffer: Any, *indices: Any) -> Any:
+    """Give the address of an element."""
+    return tirx.address_of(loops.load(buffer, *indices))
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """Call a device function."""
+    return tirx.Evaluate(tirx.call_extern("void", name, *arguments))
+
+
+def barrier() -> Any:
+    """Wait for all threads of the block."""
+    return tirx.Evaluate(tirx.call_intrin("int32", "tirx.tvm_storage_sync", "shared"))

@@ -1,0 +1,71 @@
+"""The products of `matmul_mma`: where the chunks of a tile are, and where its sums go."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tvm import tirx
+
+from cnnc.backends.cuda.launches import address
+from cnnc.backends.cuda.matmul_mma import Matrix, MmaMatMul
+from cnnc.backends.cuda.mma_body import body_around
+from cnnc.backends.cuda.mma_launch import Product, product_func
+from cnnc.backends.cuda.mma_params import MmaParams
+from cnnc.backends.cuda.mma_tile import Operand, Order
+from cnnc.ops.dense import Dense
+from cnnc.ops.fused import Fused
+
+
+def matmul_mma_func(kernel: Fused, found: MmaMatMul, tile: MmaParams) -> Any:
+    """Give the PrimFunc over the kernel's inputs, then its output."""
+    body = body_around(kernel, found.node).bind(found.node.types[0].physical_shape)
+    buffers = dict(zip(kernel.body.inputs, body.inputs, strict=True))
+    *leading, _ = found.node.types[0].static_shape
+
+    def index(row: Any, batch: Any, column: Any) -> tuple[Any, ...]:
+        if isinstance(found.node.op, Dense):
+            return (*_unflattened(row, leading), column)
+        return (*_unflattened(batch, found.batch), row, column)
+
+    def operand(matrix: Matrix, batch: Any) -> Operand:
+        return _operand(matrix, buffers[matrix.stored], _unflattened(batch, found.batch))
+
+    product = Product(
+        body,
+        found.shape,
+        lambda batch: operand(found.left, batch),
+        lambda batch: operand(found.right, batch),
+        found.right.rows,
+        index,
+    )
+    return product_func(product, tile)
+
+
+def _unflattened(number: Any, extents: Any) -> list[Any]:
+    """Give the index along each axis, of a number that counts through all of them."""
+    position: list[Any] = []
+    for extent in reversed(extents):
+        position.insert(0, number % extent)
+        number = number // extent
+    return position
+
+
+def _operand(matrix: Matrix, x: Any, batch: list[Any]) -> Operand:
+    """Find the chunks of a matrix: of those of its batch, which broadcasts to that of the product."""
+    own = batch[len(batch) - len(matrix.batch) :]
+    start: Any = 0
+    for axis, extent in enumerate(matrix.batch):
+        if extent != 1:
+            start = start + own[axis] * (math.prod(matrix.batch[axis + 1 :]) * matrix.rows * matrix.depth)
+    front = (0,) * (len(x.shape) - 1)
+
+    def chunk_at(row: Any, chunk: Any) -> tuple[Any, Any]:
+        place = start + row * matrix.depth + chunk * matrix.chunk
+        return address(x, *front, place), tirx.all(row < matrix.rows, chunk * matrix.chunk < matrix.depth)
+
+    def across(rows: Any, depth: Any) -> tuple[Any, Any]:
+        place = start + depth * matrix.rows + rows * matrix.chunk
+        return address(x, *front, place), tirx.all(rows * matrix.chunk < matrix.rows, depth < matrix.depth)
+
+    return Operand(across, Order.ACROSS) if matrix.across else Operand(chunk_at, Order.DEPTH)

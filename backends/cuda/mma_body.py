@@ -1,0 +1,33 @@
+"""The tensor expressions around a product on tensor cores: its sums are the anchor, bias and followers come after."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cnnc.backends.lower.body import Body
+from cnnc.backends.lower.kernel import lower_values, placeholder
+from cnnc.errors import VerifyError
+from cnnc.ir.graph import Node
+from cnnc.ops.fused import Fused
+
+
+def body_around(kernel: Fused, anchor: Node) -> Body:
+    """Give the expressions of a kernel whose one reduction is the anchor's sums."""
+    inputs = {value: placeholder(value.type, f"x{i}") for i, value in enumerate(kernel.body.inputs)}
+    (output,) = kernel.body.outputs
+    final = lower_values([output], inputs)[output]
+    return Body(tuple(inputs.values()), (), _sums(final, anchor), final)
+
+
+def _sums(final: Any, anchor: Node) -> Any:
+    """Find the stage that reduces, among those a tensor is computed from."""
+    from tvm import te
+
+    pending = [final]
+    while pending:
+        tensor = pending.pop()
+        if isinstance(tensor.op, te.ComputeOp):
+            if tensor.op.reduce_axis:
+                return tensor
+            pending.extend(tensor.op.input_tensors)
+    raise VerifyError(f"kernel {anchor.op.name}: none of its stages reduces")

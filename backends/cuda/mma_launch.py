@@ -1,0 +1,143 @@
+"""The launches of a product of matrices on tensor cores: one, or one for parts of the depth and one to add them up.
+
+Sums over parts go through scratch memory and are added in order, so that every run gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+
+from cnnc.backends.cuda.launches import launch
+from cnnc.backends.cuda.mma_params import MmaParams, MmaShape
+from cnnc.backends.cuda.mma_tile import HALF_ROWS, Operand, Order, tile_product
+from cnnc.backends.lower import loops
+from cnnc.backends.lower.body import BoundBody
+
+__all__ = ["Product", "product_func"]
+
+_THREADS = 256
+"""Of the blocks that add parts up."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A kernel as a product of matrices: `rows` by `columns`, and what is made of the sums.
+
+    Columns lie in memory in blocks of `width`, an even number, two neighbours side by side.  `index` gives the place in
+    the output from row, block, and column in the block.  Where there are several products, `rows` and `columns` are
+    given which one, and the blocks of each follow one another.
+    """
+
+    body: BoundBody
+    shape: MmaShape
+    rows: Callable[[Any], Operand]
+    columns: Callable[[Any], Operand]
+    width: int
+    index: Callable[[Any, Any, Any], Sequence[Any]]
+
+    @property
+    def blocks(self) -> int:
+        """The blocks of columns, of all products."""
+        return self.shape.batches * math.ceil(self.shape.columns / self.width)
+
+
+def product_func(product: Product, tile: MmaParams) -> Any:
+    """Give the PrimFunc over the kernel's inputs, then its output."""
+    output = product.body.output()
+    shape = product.shape
+    columns = product.blocks // shape.batches * product.width
+    parts = loops.buffer("parts", (tile.splits, product.blocks, shape.rows, product.width), scope="global")
+
+    def block(thread: Any, across: Any, down: Any, number: Any) -> Any:
+        batch, part = number // tile.splits, number % tile.splits
+        first_row, first_column = across * tile.rows, down * tile.columns
+        left = _shifted(product.rows(batch), first_row)
+        right = _shifted(product.columns(batch), first_column)
+        steps = _steps(math.ceil(shape.chunks / tile.depth), tile.splits, part)
+        sums = tile_product(tile, shape.dtype, left, right, thread, steps)
+
+        def store(row: Any, column: Any, pair: Callable[[Any], Any]) -> Any:
+            row, column = first_row + row, first_column + column
+            place = (row, batch * (columns // product.width) + column // product.width, column % product.width)
+            stored = _finished(product, output, place, pair) if tile.splits == 1 else _put(parts, part, place, pair)
+            return loops.when(tirx.all(row < shape.rows, column < columns), stored)
+
+        return loops.sequence(sums.compute, sums.finish(store))
+
+    grid = (
+        math.ceil(shape.rows / tile.rows),
+        math.ceil(shape.columns / tile.columns),
+        tile.splits * shape.batches,
+    )
+    statement = launch(grid, tile.threads, block)
+    if tile.splits > 1:
+        statement = loops.sequence(loops.alloc(parts), statement, _add_up(product, output, parts))
+    return loops.function([*product.body.inputs, output], statement)
+
+
+_Place = tuple[Any, Any, Any]
+"""Of a sum: row, block of columns, column in the block."""
+
+
+def _shifted(operand: Operand, first: Any) -> Operand:
+    """Give an operand whose rows are counted from a tile's first one; of those across, by eights."""
+    first = first // HALF_ROWS if operand.order is Order.ACROSS else first
+    return Operand(lambda row, chunk: operand.chunk(first + row, chunk), operand.order)
+
+
+def _steps(steps: int, splits: int, part: Any) -> tuple[Any, Any]:
+    """Give the steps of a part of the depth."""
+    if splits == 1:
+        return 0, steps
+    each = math.ceil(steps / splits)
+    return part * each, tirx.min((part + 1) * each, steps)
+
+
+def _finished(product: Product, output: Any, place: _Place, pair: Callable[[Any], Any]) -> Any:
+    """Store what the epilogue makes of two neighbouring sums."""
+    row, block, column = place
+
+    def one(which: Any) -> Any:
+        index = product.index(row, block, column + which)
+        return loops.store(output, product.body.value(pair(which), index), *index)
+
+    return loops.vectorized(2, one)
+
+
+def _put(parts: Any, part: Any, place: _Place, pair: Callable[[Any], Any]) -> Any:
+    row, block, column = place
+    return loops.vectorized(2, lambda which: loops.store(parts, pair(which), part, block, row, column + which))
+
+
+def _add_up(product: Product, output: Any, parts: Any) -> Any:
+    """Launch the sum of the parts, each thread two neighbouring columns."""
+    splits, blocks, rows, width = (int(extent) for extent in parts.shape)
+    pairs = blocks * rows * (width // 2)
+    total = loops.buffer("total", (2,), scope="local")
+
+    def work(thread: Any, group: Any) -> Any:
+        number = group * _THREADS + thread
+        row, block = number // (width // 2) % rows, number // (width // 2) // rows
+        column = number % (width // 2) * 2
+
+        def read(part: Any, which: Any) -> Any:
+            return loops.load(parts, part, block, row, column + which)
+
+        def add(part: Any) -> Any:
+            return loops.vectorized(
+                2, lambda which: loops.store(total, loops.load(total, which) + read(part, which), which)
+            )
+
+        summed = loops.sequence(
+            loops.vectorized(2, lambda which: loops.store(total, read(0, which), which)),
+            loops.unrolled(splits - 1, add, "part", start=1),
+            _finished(product, output, (row, block, column), lambda which: loops.load(total, which)),
+        )
+        return loops.sequence(loops.alloc(total), loops.when(number < pairs, summed))
+
+    return launch((math.ceil(pairs / _THREADS),), _THREADS, work)

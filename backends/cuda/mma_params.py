@@ -1,0 +1,148 @@
+"""Tile sizes for tensor cores, and what a product in such tiles takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cnnc.backends.cuda.machine import GPUS, MULTIPROCESSORS
+from cnnc.ir.types import DType
+from cnnc.target import Target
+
+CHUNK_BYTES = 16
+"""What a thread copies at once, and a row of the matrices that tensor cores load."""
+
+LANES = 32
+MMA_ROWS, MMA_COLUMNS = 16, 8
+
+
+@dataclass(frozen=True)
+class MmaParams:
+    """Tiles of a block and of a warp, chunks of depth in a stage, stages, and parts that the depth is split into."""
+
+    rows: int
+    columns: int
+    warp_rows: int
+    warp_columns: int
+    depth: int
+    stages: int
+    splits: int = 1
+
+    @property
+    def warps_across(self) -> int:
+        """Warps along the columns."""
+        return self.columns // self.warp_columns
+
+    @property
+    def threads(self) -> int:
+        """The threads of a block."""
+        return self.rows // self.warp_rows * self.warps_across * LANES
+
+    @property
+    def sums(self) -> int:
+        """What a thread adds up."""
+        return self.warp_rows * self.warp_columns // LANES
+
+    @property
+    def shared_bytes(self) -> int:
+        """The most shared memory a block needs, that which keeps banks apart included."""
+        return self.stages * self.depth * (self.rows + self.columns + 16) * CHUNK_BYTES
+
+
+TILES = (
+    MmaParams(128, 256, 64, 64, 4, 3),
+    MmaParams(256, 128, 64, 64, 4, 3),
+    MmaParams(128, 128, 64, 32, 4, 4),
+    MmaParams(128, 64, 32, 32, 4, 4),
+    MmaParams(64, 128, 32, 32, 4, 4),
+    MmaParams(64, 64, 32, 32, 4, 4),
+    MmaParams(64, 64, 32, 16, 8, 3),
+    MmaParams(32, 64, 16, 32, 8, 4),
+    MmaParams(64, 32, 32, 16, 8, 4),
+    MmaParams(32, 32, 16, 16, 8, 4),
+)
+"""From many operations for each byte, for large products, to many blocks, for small ones."""
+
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+
+
+@dataclass(frozen=True)
+class MmaShape:
+    """Products of matrices: rows by columns, over `chunks` of 16 bytes, of numbers of a type."""
+
+    rows: int
+    columns: int
+    chunks: int
+    dtype: DType
+    batches: int = 1
+
+    def blocks(self, tile: MmaParams) -> int:
+        """Count the tiles."""
+        return self.batches * math.ceil(self.rows / tile.rows) * math.ceil(self.columns / tile.columns)
+
+    def steps(self, tile: MmaParams) -> int:
+        """Count the stages that each part of the depth goes through, at most."""
+        return math.ceil(math.ceil(self.chunks / tile.depth) / tile.splits)
+
+    def candidates(self, target: Target) -> list[MmaParams]:
+        """List the tiles worth considering: those that fit; parts, where blocks would leave multiprocessors idle."""
+        found = []
+        for tile in TILES:
+            if tile.shared_bytes > GPUS[target.arch].most_shared_bytes:
+                continue
+            steps = math.ceil(self.chunks / tile.depth)
+            for splits in SPLITS:
+                whole = splits == 1 or math.ceil(steps / math.ceil(steps / splits)) == splits
+                few = splits == 1 or self.blocks(tile) * splits <= 2 * MULTIPROCESSORS[target.arch]
+                if whole and few and (splits == 1 or steps >= FEWEST_STEPS * splits):
+                    found.append(MmaParams(**{**vars(tile), "splits": splits}))
+        return found
+
+
+FEWEST_STEPS = 4
+"""Stages that a part of the depth should have: fewer are over before the copies are under way."""
+
+_CYCLES_OF_MMA = {"sm_80": 8, "sm_86": 32, "sm_89": 32, "sm_90": 6}
+"""Between instructions of tensor cores in a multiprocessor's quarter; tf32's take as long, and do half the work."""
+
+_CYCLES_A_SECOND = 1.4e9
+_QUARTERS = 4
+_BYTES_A_CYCLE = 32
+"""What a multiprocessor gets from the L2 cache."""
+
+_LATENCY = 700
+"""Cycles from the start of a block to its first product, and from the last to its end."""
+
+_SCRATCH_BYTES_PER_SECOND = 2e12
+_SECONDS_PER_KERNEL = 2e-6
+
+
+def seconds(shape: MmaShape, tile: MmaParams, target: Target) -> float:
+    """Estimate a product: rounds of as many blocks as fit, each bound by tensor cores or by what it reads.
+
+    Parts of the depth cost writing and reading their sums, and a launch.
+    """
+    multiprocessors = MULTIPROCESSORS[target.arch]
+    blocks = shape.blocks(tile) * tile.splits
+    at_once = resident(tile, target)
+    here = min(at_once, math.ceil(blocks / multiprocessors))
+    steps = shape.steps(tile)
+    instructions = tile.rows // MMA_ROWS * (tile.columns // MMA_COLUMNS) * (tile.depth // 2) * steps
+    issue = instructions / _QUARTERS * _CYCLES_OF_MMA[target.arch]
+    # A warp alone does not keep its quarter of a multiprocessor busy.
+    busy = min(1.0, 0.35 + 0.2 * here * tile.threads / LANES / _QUARTERS)
+    read = steps * tile.depth * (tile.rows + tile.columns) * CHUNK_BYTES / _BYTES_A_CYCLE
+    cycles = max(issue / busy, read) * here + _LATENCY
+    rounds = math.ceil(blocks / (multiprocessors * here))
+    total = rounds * cycles / _CYCLES_A_SECOND + _SECONDS_PER_KERNEL
+    if tile.splits > 1:
+        moved = 2 * 4 * tile.splits * shape.batches * shape.rows * shape.columns
+        total += moved / _SCRATCH_BYTES_PER_SECOND + _SECONDS_PER_KERNEL
+    return total
+
+
+def resident(tile: MmaParams, target: Target) -> int:
+    """Give how many blocks a multiprocessor runs at once, by shared memory and by registers."""
+    gpu = GPUS[target.arch]
+    share, _ = gpu.occupancy(tile.threads, min(255, tile.sums + 64), tile.shared_bytes)
+    return max(1, round(share * gpu.warps / (tile.threads // LANES)))
