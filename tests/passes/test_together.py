@@ -93,7 +93,7 @@ def test_many_rows_in_one_graph_pack_the_weight_of_all(rng, order):
 
 def test_few_rows_in_all_graphs_pack_nothing(rng):
     done = PackWeights().run_together(made(fully_connected, (1, 2)), TARGET)
-    assert [weight_types(graph) for graph in done] == [[" f32[20,8]"]] * 2
+    assert [weight_types(graph) for graph in done] == [["direct f32[20,8]"]] * 2
 
 
 def test_layers_of_another_weight_decide_for_themselves(rng):
