@@ -14,6 +14,7 @@ from cnnc.backends.cpu.conv_bf16x3_shape import MatrixParams, is_flat, part_prod
 from cnnc.backends.cpu.conv_shape import ConvShape
 from cnnc.backends.cpu.epilogue import SIDE_BY_SIDE, finish
 from cnnc.backends.cpu.machine import TILE_LINE, TILE_ROWS
+from cnnc.backends.cpu.plane_parts import PlaneParts
 from cnnc.backends.cpu.planes import Planes
 from cnnc.backends.cpu.segments import even_split
 from cnnc.backends.lower import loops
@@ -45,9 +46,8 @@ class MatrixLoops:
         self.pairs = params.pairs or pairs
         self.passes = pairs // self.pairs
         self.steps = self.pairs * shape.kh * shape.kw
-        # The last tile may go on beyond the last plane.
-        self.x_parts, self.w_parts = shape.parts
-        self.input = loops.buffer("input", (self.x_parts * self.pairs * planes.pixels + TILE_ROWS, TILE_LINE), "uint32")
+        x_parts, self.w_parts = shape.parts
+        self.input = PlaneParts(planes, self.pairs, x_parts, shape.ic_blocks)
         self.weights = loops.buffer("weights", (self.steps, self.w_parts, TILE_ROWS, TILE_LINE), "uint32")
         self.sums = loops.buffer("sums", (params.tiles * TILE_ROWS, TILE_LINE))
         waiting = (params.oc_blocks, -(-planes.outputs // TILE_ROWS) * TILE_ROWS, TILE_LINE)
@@ -79,116 +79,24 @@ class MatrixLoops:
                 outputs = loops.when(first + params.rows <= shape.oh, outputs, self._outputs(*place, first, left))
             return outputs
 
+        def read(block: Any, row: Any, column: Any, lane: Any) -> Any:
+            return self.body.operand(self._input_at(image, block, *self._position(row, column), lane))
+
         def one_pass(number: Any) -> Any:
             return loops.sequence(
-                self._split_input(image, first, number), loops.loop(blocks, lambda i: one_block(number, i), "oc")
+                self.input.fill(first, number * self.pairs, read),
+                loops.loop(blocks, lambda i: one_block(number, i), "oc"),
             )
 
         blocks: Any = params.oc_blocks
         if shape.oc_blocks % params.oc_blocks:
             blocks = tirx.min(loops.const(params.oc_blocks), shape.oc_blocks - first_oc)
-        buffers = [self.input, self.weights, self.sums] + [self.waiting] * (self.passes > 1)
+        buffers = [self.input.buffer, self.weights, self.sums] + [self.waiting] * (self.passes > 1)
         return loops.sequence(
             *(loops.alloc(buffer) for buffer in buffers), amx.configured(loops.loop(self.passes, one_pass, "pass"))
         )
 
-    # Splitting
-
-    def _split_input(self, image: Any, first: Any, number: Any) -> Any:
-        """Write the parts of the input of a pass over a slice, padding among it, into the planes."""
-        shape, planes = self.shape, self.planes
-
-        def one_plane(pair: Any, down: int, across: int) -> Any:
-            start = planes.start(down, across)
-            before = -(-(shape.pad[1] - across) // shape.stride[1])
-            begin = min(max(before, 0), planes.width)
-            end = min(max((shape.w - 1 + shape.pad[1] - across) // shape.stride[1] + 1, begin), planes.width)
-
-            def one_row(row: Any) -> Any:
-                x_row = (first + row) * shape.stride[0] + down - shape.pad[0]
-
-                def at(column: Any) -> Any:
-                    return start + row * planes.width + column
-
-                def read(column: Any) -> Any:
-                    x_column = column * shape.stride[1] + across - shape.pad[1]
-                    return self._split_pixel(image, number, pair, x_row, x_column, at(column))
-
-                def blank(count: int, begin: int) -> Any:
-                    return (
-                        loops.loop(count, lambda c: self._blank_pixel(pair, at(c)), "column", begin) if count else None
-                    )
-
-                inside = loops.sequence(
-                    blank(begin, 0),
-                    loops.loop(end - begin, read, "column", begin) if end > begin else None,
-                    blank(planes.width - end, end),
-                )
-                if self._reads_rows_inside:
-                    return inside
-                return loops.when(tirx.all(x_row >= 0, x_row < shape.h), inside, blank(planes.width, 0))
-
-            return loops.loop(planes.height, one_row, "row")
-
-        def one_pair(pair: Any) -> Any:
-            planes_down, planes_across = planes.phases
-            return loops.sequence(
-                *(one_plane(pair, d, a) for d in range(planes_down) for a in range(planes_across)),
-            )
-
-        return loops.loop(self.pairs, one_pair, "pair")
-
-    @property
-    def _reads_rows_inside(self) -> bool:
-        """Whether all rows of all planes are rows of the input."""
-        shape = self.shape
-        last = (
-            (-(-shape.oh // self.params.rows) * self.params.rows - self.params.rows + self.planes.height - 1)
-            * (shape.stride[0])
-            + self.planes.phases[0]
-            - 1
-            - shape.pad[0]
-        )
-        return shape.pad[0] == 0 and last < shape.h
-
-    def _split_pixel(self, image: Any, number: Any, pair: Any, row: Any, column: Any, at: Any) -> Any:
-        """Write the parts of two blocks of channels of a pixel."""
-        found = loops.buffer("found", (2, TILE_LINE), scope="local")
-        position = self._position(row, column)
-        block = (number * self.pairs + pair) * 2
-
-        def read(half: int) -> Any:
-            def lane(c: Any) -> Any:
-                return loops.store(found, self._read_input(image, block + half, *position, c), half, c)
-
-            return loops.vectorized(TILE_LINE, lane)
-
-        def nothing() -> Any:
-            zero = tirx.Broadcast(tirx.const(0.0, "float32"), TILE_LINE)
-            return loops.store(found, zero, 1, 0, lanes=TILE_LINE)
-
-        second = read(1)
-        if self.shape.ic_blocks % 2:
-            second = loops.when(block + 1 < self.shape.ic_blocks, second, nothing())
-        low, high = (loops.load(found, half, 0, lanes=TILE_LINE) for half in range(2))
-        return loops.sequence(
-            loops.alloc(found), read(0), second, self._put_parts(paired_parts(low, high, self.x_parts), pair, at)
-        )
-
-    def _blank_pixel(self, pair: Any, at: Any) -> Any:
-        return self._put_parts([tirx.Broadcast(tirx.const(0, "uint32"), TILE_LINE)] * self.x_parts, pair, at)
-
-    def _put_parts(self, parts: Any, pair: Any, at: Any) -> Any:
-        return loops.sequence(
-            *(
-                loops.store(self.input, value, self._line(pair, part, at), 0, lanes=TILE_LINE)
-                for part, value in enumerate(parts)
-            )
-        )
-
-    def _line(self, pair: Any, part: int, pixel: Any) -> Any:
-        """Give where the staged input has a part of a pixel."""
-        return (pair * self.x_parts + part) * self.planes.pixels + pixel
+    # Weights, and what comes from far
 
     def _split_weights(self, oc: Any, number: Any, step: Any, begin: int = 0, end: int = TILE_ROWS) -> Any:
         """Write the parts of the weights of a block of output channels for a step of a pass, or some of them."""
@@ -343,8 +251,9 @@ class MatrixLoops:
             number = (pair * shape.kh + r) * shape.kw + s
             statements = [amx.load(first_b + part, self.weights, number, part, 0, 0) for part in range(self.w_parts)]
             for tile in range(tiles):
-                for part, others in enumerate(part_products(self.x_parts, self.w_parts)):
-                    statements.append(amx.load(a, self.input, self._line(pair, part, at + tile * TILE_ROWS), 0))
+                for part, others in enumerate(part_products(self.input.parts, self.w_parts)):
+                    line = self.input.line(pair, part, at + tile * TILE_ROWS)
+                    statements.append(amx.load(a, self.input.buffer, line, 0))
                     statements += [amx.multiply_add(tile, a, first_b + other) for other in others]
                 statements.append(also(number, tile, tiles))
             return loops.sequence(*statements)
@@ -400,9 +309,6 @@ class MatrixLoops:
     def _output_at(self, image: Any, block: Any, row: Any, column: Any, lane: Any) -> tuple[Any, ...]:
         """Give the place of an output number."""
         return (image, block, row, column, lane)
-
-    def _read_input(self, *at: Any) -> Any:
-        return self.body.operand(self._input_at(*at))
 
     def _read_weight(self, oc: Any, block: Any, r: Any, s: Any, channel: Any) -> Any:
         """Read the weights of a block of output channels for one input channel and tap."""
