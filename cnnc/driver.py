@@ -51,11 +51,12 @@ class Options:
     `shapes` and `batch` fix sizes a model leaves open; several batch sizes make one binary for all of them, which has
     the weights once; `level` is the optimisation level 0..3; `passes`
     replaces the pipeline of that level; `dump_ir` is a folder for the IR after each pass that changed it;
-    `exact` keeps convolutions to the very products of the definition, which forbids Winograd's algorithm; `small`
-    gives that algorithm's larger weights no more than a tenth of the model's bytes; `weights` is the type that weights
+    `exact` keeps convolutions to the very products of the definition: no Winograd, no f32 in bf16 parts; `small`
+    gives Winograd's larger weights no more than a tenth of the model's bytes; `weights` is the type that weights
     of convolutions and fully connected layers are stored in, f32, f16 or bf16, arithmetic being f32 in any case;
     `dtype` is the type that convolutions and products of matrices multiply in, f32, tf32, f16 or bf16, adding up in
-    f32 in any case: with the 16-bit ones all weights, and all values between kernels, are stored in them; GPUs only;
+    f32 in any case: on GPUs, with the 16-bit ones all weights, and all values between kernels, are stored in them; on
+    CPUs with AMX, bf16 is for weights and what is multiplied on its tiles;
     `records` are the tuned schedules to use: the user's own (True), none (False), or those of a file; shipped ones
     come after them; `cache` off compiles every kernel anew; `name` is what the C functions begin with, by default
     the name of the ONNX file or of the network.
@@ -253,6 +254,7 @@ def lower(graphs: Sequence[Graph], options: Options, report: Report) -> Lowered:
         small=options.small,
         weights=weights,
         dtype=options.dtype,
+        tensor_cores=target.is_gpu,
     )
     lowered = run_together(
         *(graphs, target, chosen), dump_dirs=_dump_folders(options), log=report.rewrites, timings=report.passes
@@ -274,9 +276,12 @@ def check_dtype(dtype: str, target: Target) -> None:
     """Raise `UsageError` for a type of products that does not exist, `UnsupportedError` where a target lacks it."""
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not known; use {', '.join(DTYPES)}")
-    if dtype != "f32" and not target.is_gpu:
-        cure = "leave out --dtype" if dtype == "tf32" else f"use --weights {dtype}, which stores weights in 16 bits"
-        raise UnsupportedError(f"{target}: products in {dtype} are for CUDA targets; {cure}")
+    if dtype == "f32" or target.is_gpu or (dtype == "bf16" and target.multiplies_tiles):
+        return
+    narrow = f"use --weights {dtype}, which stores weights in 16 bits"
+    cure = {"tf32": "leave out --dtype", "bf16": f"use cpu:sapphirerapids, or {narrow}"}.get(dtype, narrow)
+    where = "CUDA targets and CPUs with AMX" if dtype == "bf16" else "CUDA targets"
+    raise UnsupportedError(f"{target}: products in {dtype} are for {where}; {cure}")
 
 
 def _dump_folders(options: Options) -> list[Path | None]:

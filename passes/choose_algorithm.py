@@ -66,6 +66,11 @@ class Algorithm:
     exact: bool = False
     margin: float = 1.0
 
+    @property
+    def is_winograd(self) -> bool:
+        """Whether weights are transformed for it."""
+        return winograd_tile(self.name) is not None
+
 
 FMA_A_SECOND = 5.7e9
 """Vector multiply-adds a second of one core; like the other rates, only their ratios decide."""
@@ -281,13 +286,15 @@ class ChooseAlgorithm(Pass):
 
     `budget` bounds its error and `exact` forbids Winograd's.  `growth` bounds the bytes that transformed weights add,
     as a share of those of all constants; they go where they save most time for each byte.  `weights` is
-    what narrow_weights will store weights in, transformed ones too.
+    what narrow_weights will store weights in, transformed ones too; where products are in a `dtype`, bf16, Winograd's
+    are not considered.
     """
 
     budget: float = 64.0
     exact: bool = False
     growth: float = math.inf
     weights: DType = DType.F32
+    dtype: str = "f32"
 
     def run(self, graph: Graph, target: Target) -> Graph:
         """Set the algorithm of every convolution; one with transformed weights keeps the one they are for.
@@ -324,7 +331,7 @@ class ChooseAlgorithm(Pass):
 
     def _choices(self, graphs: Sequence[Graph], target: Target) -> dict[Layer, str]:
         """Give the algorithm of every layer."""
-        table = tuple(a for a in ALGORITHMS if a.exact or not self.exact)
+        table = tuple(a for a in ALGORITHMS if a.exact or not (self.exact or (self.dtype != "f32" and a.is_winograd)))
         layers: dict[Layer, list[Node]] = {}
         counts: dict[Node, float] = {}
         for graph in graphs:

@@ -60,12 +60,14 @@ def pipeline(
     small: bool = False,
     weights: DType = DType.F32,
     dtype: str = "f32",
+    tensor_cores: bool = False,
 ) -> tuple[Pass, ...]:
     """Give the passes of an optimisation level, or those that `passes` spells out.
 
     `templates` are the back end's, `records` what the tile pass knows of them, `memory` what it found; `exact` keeps to
     algorithms that add up the very products of the definition, `small` to weights hardly larger than the model's;
-    `weights` is the type weights are stored in, `dtype` that of products (see `Options`).
+    `weights` is the type weights are stored in, `dtype` that of products (see `Options`), on a GPU's `tensor_cores` or
+    on the matrix tiles of a CPU.
     Raises `UsageError` for a level that does not exist, and for narrow `weights` or `dtype` beside a list of passes.
     """
     handed_in: dict[str, Any] = {
@@ -78,7 +80,7 @@ def pipeline(
             wanted = f"narrow_weights{{dtype={weights}}} before fuse"
             raise UsageError(f"weights={weights} does not go with a list of passes; put {wanted} into the list")
         if dtype != "f32":
-            wanted = print_passes(_narrowing(dtype)) + " after fuse"
+            wanted = print_passes(_narrowing(dtype, tensor_cores)) + " after fuse"
             raise UsageError(f"dtype={dtype} does not go with a list of passes; put {wanted} into the list")
         given = parse_passes(passes, {"tile": handed_in, "fuse": {"templates": tuple(templates)}})
         return tuple(_bounded(p, exact, small) if isinstance(p, ChooseAlgorithm) else p for p in given)
@@ -88,25 +90,27 @@ def pipeline(
     stored = DType(dtype) if dtype in NARROW else weights
     narrow = () if stored is DType.F32 else (NarrowWeights(stored),)
     if level == 0:
-        return (FoldConstants(), *narrow, Fuse(grow=False), *_narrowing(dtype), tile)
+        return (FoldConstants(), *narrow, Fuse(grow=False), *_narrowing(dtype, tensor_cores), tile)
     chosen: list[Pass] = [Simplify(), FoldConstants(), FoldBatchNorm(), FoldPad(), FuseAttention()]
     chosen += [Simplify(), Subpixel(), LocalUnpool(), PushSlices(), FoldConstants(), Cse()]
     if level >= 3:
-        chosen += [_bounded(ChooseAlgorithm(weights=weights), exact, small), FoldConstants()]
+        chosen += [_bounded(ChooseAlgorithm(weights=stored, dtype=dtype), exact, small), FoldConstants()]
     if level >= 2:
-        chosen += [_layouts(dtype), PackWeights(), Cse()]
-    return (*chosen, *narrow, Fuse(templates=tuple(templates)), *_narrowing(dtype), PlaceConcats(), tile)
+        chosen += [_layouts(dtype, tensor_cores), PackWeights(), Cse()]
+    return (*chosen, *narrow, Fuse(templates=tuple(templates)), *_narrowing(dtype, tensor_cores), PlaceConcats(), tile)
 
 
-def _layouts(dtype: str) -> AssignLayouts:
+def _layouts(dtype: str, tensor_cores: bool) -> AssignLayouts:
     """Choose layouts for the products of a type: what tensor cores multiply lies in blocks of 16 bytes."""
-    if dtype == "f32":
+    if dtype == "f32" or not tensor_cores:
         return AssignLayouts()
     return AssignLayouts(block=8 if dtype in NARROW else 4, tensor_cores=True)
 
 
-def _narrowing(dtype: str) -> tuple[Pass, ...]:
+def _narrowing(dtype: str, tensor_cores: bool) -> tuple[Pass, ...]:
     """Give the passes that have kernels multiply in a type; weights are narrowed apart."""
+    if not tensor_cores:
+        return () if dtype == "f32" else (RoundProducts(dtype),)
     if dtype in NARROW:
         return (NarrowActivations(DType(dtype)),)
     return () if dtype == "f32" else (RoundProducts(),)

@@ -56,11 +56,15 @@ def test_what_gpus_lack_is_refused_before_anything_is_compiled(options: dict[str
 
 
 @pytest.mark.parametrize(
-    ("dtype", "cure"),
-    [("tf32", "leave out --dtype"), ("f16", "use --weights f16, which"), ("bf16", "use --weights bf16, which")],
+    ("dtype", "message"),
+    [
+        ("tf32", "are for CUDA targets; leave out --dtype"),
+        ("f16", "are for CUDA targets; use --weights f16, which"),
+        ("bf16", "are for CUDA targets and CPUs with AMX; use cpu:sapphirerapids, or use --weights bf16, which"),
+    ],
 )
-def test_products_in_narrow_types_are_for_gpus(dtype: str, cure: str) -> None:
-    message = f"cpu:x86-64-v3: products in {dtype} are for CUDA targets; {cure}"
+def test_products_in_narrow_types_are_refused_where_there_are_none(dtype: str, message: str) -> None:
+    message = f"cpu:x86-64-v3: products in {dtype} {message}"
     with pytest.raises(UnsupportedError, match=re.escape(message)) as refused:
         cnnc.compile(f"{EXAMPLE}:simple_cnn", target="cpu:x86-64-v3", dtype=dtype)
     assert refused.value.exit_code == 4

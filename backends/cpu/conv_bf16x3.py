@@ -37,6 +37,7 @@ from cnnc.ir.types import DType
 from cnnc.ops.blocked import channel_layout, weight_layout
 from cnnc.ops.conv import Conv
 from cnnc.ops.fused import Fused, Schedule
+from cnnc.ops.round_bf16 import RoundBf16
 from cnnc.target import Target
 
 if TYPE_CHECKING:
@@ -196,7 +197,9 @@ def _known_shape(kernel: Fused, target: Target) -> ConvShape:
 
 
 def bf16_parts(operand: Value) -> int:
-    """Give how many bf16 numbers hold all of a number of an operand: fewer if it is converted from 16 bits."""
+    """Give how many bf16 numbers hold all of a number of an operand: fewer if it comes from 16 bits."""
+    if isinstance(operand.op, RoundBf16):
+        return 1
     return {DType.BF16: 1, DType.F16: 2}.get(stored_operand(operand).dtype, MOST_PARTS)
 
 
@@ -222,5 +225,5 @@ def _shape_of(kernel: Fused, target: Target) -> ConvShape | None:
         block=block,
         prologue=prologue_flops(kernel, anchor),
         weight_bytes=operand_bytes(anchor.inputs[1]),
-        parts=(MOST_PARTS, bf16_parts(anchor.inputs[1])),
+        parts=(bf16_parts(anchor.inputs[0]), bf16_parts(anchor.inputs[1])),
     )

@@ -9,14 +9,14 @@ as for the kernels without tiles (see gemm_packed.py).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from cnnc.backends.cpu import conv_bf16x3
 from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, operand_bytes
 from cnnc.backends.cpu.conv_bf16x3_shape import MatrixParams
-from cnnc.backends.cpu.conv_shape import MOST_PARTS, ConvShape
+from cnnc.backends.cpu.conv_shape import ConvShape
 from cnnc.backends.cpu.gemm import DenseShape
 from cnnc.backends.cpu.machine import TILE_LINE
 from cnnc.backends.lower.template import params_of, schedule_of
@@ -35,8 +35,8 @@ __all__ = ["DenseBf16x3", "build", "convolution"]
 
 def convolution(shape: DenseShape) -> ConvShape:
     """Give the 1x1 convolution that computes the same, a pixel for each row."""
-    parts = (MOST_PARTS, shape.weight_parts)
-    return ConvShape(1, shape.inputs, shape.rows, 1, shape.outputs, 1, 1, weight_bytes=shape.weight_bytes, parts=parts)
+    plain = ConvShape(1, shape.inputs, shape.rows, 1, shape.outputs, 1, 1)
+    return replace(plain, weight_bytes=shape.weight_bytes, parts=shape.parts)
 
 
 def build(shape: DenseShape, params: MatrixParams, body: Body) -> Any:
@@ -84,7 +84,7 @@ def _find(kernel: Fused, target: Target) -> tuple[Node, DenseShape] | None:
     """Give the layer and its sizes, if the kernel is one."""
     if not target.multiplies_tiles:
         return None
-    anchor = anchor_of(kernel, target, "dense", narrow=(1,))
+    anchor = anchor_of(kernel, target, "dense", prologue=True, narrow=(1,))
     if anchor is None or not isinstance(anchor.op, Dense) or anchor.op.algorithm != "bf16x3":
         return None
     x, weight = anchor.inputs[0].type, anchor.inputs[1].type
@@ -93,5 +93,5 @@ def _find(kernel: Fused, target: Target) -> tuple[Node, DenseShape] | None:
     outputs, inputs = weight.static_shape
     if inputs % TILE_LINE or outputs % TILE_LINE:
         return None
-    stored = (operand_bytes(anchor.inputs[1]), conv_bf16x3.bf16_parts(anchor.inputs[1]))
-    return anchor, DenseShape(x.static_shape[:-1], inputs, outputs, TILE_LINE, *stored)
+    parts = (conv_bf16x3.bf16_parts(anchor.inputs[0]), conv_bf16x3.bf16_parts(anchor.inputs[1]))
+    return anchor, DenseShape(x.static_shape[:-1], inputs, outputs, TILE_LINE, operand_bytes(anchor.inputs[1]), parts)

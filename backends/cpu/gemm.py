@@ -43,8 +43,8 @@ class DenseShape:
     lanes: int = 16
     weight_bytes: int = 4
     """What a number of the weight takes in memory."""
-    weight_parts: int = MOST_PARTS
-    """The bf16 numbers that hold all of a number of the weight."""
+    parts: tuple[int, int] = (MOST_PARTS, MOST_PARTS)
+    """The bf16 numbers that hold all of a number of x, and of the weight."""
 
     @property
     def rows(self) -> int:

@@ -78,7 +78,9 @@ def model_options(function: F) -> F:
             help="Optimisation level; s is 3 with a binary hardly larger than the model.",
         ),
         click.option("--passes", help='Run these passes instead, e.g. "fold_batch_norm,cse,fuse".'),
-        click.option("--exact", is_flag=True, help="Add up the very products of each convolution: no Winograd."),
+        click.option(
+            "--exact", is_flag=True, help="Add up the very products of each convolution: no Winograd, no f32 in parts."
+        ),
         click.option(
             "--weights",
             type=click.Choice(["f32", "f16", "bf16"]),

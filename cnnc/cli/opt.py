@@ -41,6 +41,7 @@ def command(model: str | None, list_passes: bool, print_after_each: bool, **argu
         small=options.small,
         weights=weight_type(options.weights, target),
         dtype=options.dtype,
+        tensor_cores=target.is_gpu,
     )
     for step in steps:
         graph = run_pipeline(graph, target, [step])

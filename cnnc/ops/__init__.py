@@ -47,6 +47,7 @@ from cnnc.ops.reduce import (
 )
 from cnnc.ops.reshape import Expand, Reshape, Tile, Transpose
 from cnnc.ops.resize import Resize
+from cnnc.ops.round_bf16 import RoundBf16
 from cnnc.ops.round_tf32 import RoundTf32
 from cnnc.ops.scan import ArgMax, ArgMin, CumSum
 from cnnc.ops.scatter import ScatterElements, ScatterNd
@@ -202,6 +203,7 @@ __all__ = [
     "Resize",
     "RmsNorm",
     "Round",
+    "RoundBf16",
     "RoundTf32",
     "Rsqrt",
     "ScatterElements",

@@ -11,12 +11,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import cnnc
 from cnnc.backends.cpu import conv_bf16x3
 from cnnc.backends.cpu.conv_bf16x3 import MatrixParams
 from cnnc.backends.cpu.conv_shape import ConvShape
 from cnnc.backends.cpu.machine import AVX512
 from cnnc.backends.lower.body import plain_body
+from cnnc.driver import Options, Report, lower
+from cnnc.ir.build import call
+from cnnc.ir.graph import Graph
+from cnnc.ir.interp import run
 from cnnc.ir.layout import Layout
+from cnnc.ir.types import DType, TensorType
+from cnnc.ops import Cast, Conv, Relu, RoundBf16, constant, graph_input
+from cnnc.ops.source import Input
 from tests.backends.cpu import tiles
 from tests.backends.cpu.conftest import TEST_CPU
 from tests.backends.cpu.test_conv_direct import SHAPES as ALL_SHAPES
@@ -90,6 +98,52 @@ def test_sums_are_right_that_wait_for_further_passes(call_kernel: Any, cpu: Any,
 def test_weights_of_16_bits_have_fewer_parts(call_kernel: Any, cpu: Any, stored: Any, parts: int) -> None:
     shape = replace(SHAPES["channels beside the block"], parts=(3, parts))
     check(call_kernel, cpu, shape, best(shape), stored=stored)
+
+
+def test_numbers_in_bf16_take_one_product(call_kernel: Any, cpu: Any) -> None:
+    """Where the input is rounded to bf16, too: as a prologue that the kernel computes as it splits."""
+    x, w = graph_input("x", (1, 48, 9, 10)), call(Input("w", TensorType((32, 48, 3, 3))))
+    rounded = call(Cast(DType.F32), call(Input("w", TensorType((32, 48, 3, 3), DType.BF16))))
+    assert conv_bf16x3.bf16_parts(call(RoundBf16(), x)) == conv_bf16x3.bf16_parts(rounded) == 1
+    assert conv_bf16x3.bf16_parts(x) == conv_bf16x3.bf16_parts(w) == 3
+    shape = ConvShape(1, 48, 9, 10, 32, 3, 3, pad=(1, 1, 1, 1), parts=(1, 1))
+    rng = np.random.default_rng(0)
+    x_array, w_array = (
+        rng.standard_normal(size, np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
+        for size in ((1, 48, 9, 10), (32, 48, 3, 3))
+    )
+    func = conv_bf16x3.build(shape, best(shape), plain_body(shape.operand_shapes, shape.output_shape))
+    packed = [Layout("NCHW16c").pack(x_array), Layout("OIHW16i16o").pack(w_array)]
+    got = Layout("NCHW16c").unpack(call_kernel(func, packed, shape.output_shape, 1, cpu), (1, 32, 9, 10))
+    wanted = reference(shape, x_array, w_array, np.zeros(32))
+    assert np.linalg.norm(got - wanted) <= 4e-7 * np.linalg.norm(wanted)
+
+
+def test_a_network_in_bf16_is_what_its_graph_says() -> None:
+    """The lowered graph rounds what the kernels round, so that the interpreter gives their very numbers."""
+    rng = np.random.default_rng(0)
+    x = graph_input("x", (1, 64, 14, 14))
+
+    def layer(y: Any, oc: int, ic: int, k: int) -> Any:
+        w = constant((rng.standard_normal((oc, ic, k, k)) / np.sqrt(ic * k * k)).astype(np.float32))
+        op = Conv((1, 1), (k // 2,) * 4, (1, 1))
+        return call(Relu(), call(op, y, w, constant(rng.standard_normal(oc).astype(np.float32))))
+
+    y = layer(layer(layer(x, 256, 64, 1), 128, 256, 3), 256, 128, 1)
+    graph = Graph("network", (x,), (y,))
+    options = Options(target="cpu:sapphirerapids", dtype="bf16")
+    lowered = lower((graph,), options, Report()).graphs[0]
+    data = rng.standard_normal((1, 64, 14, 14)).astype(np.float32)
+    (meant,), (exact,) = run(lowered, [data], precise=True), run(graph, [data], precise=True)
+    error = np.linalg.norm(meant - exact) / np.linalg.norm(exact)
+    assert 1e-4 < error < 1e-2
+    if not tiles.present():
+        pytest.skip("this CPU has no tile registers")
+    module = cnnc.compile(graph, target="cpu:sapphirerapids", dtype="bf16")
+    assert {"conv_bf16x3"} <= {kernel.algorithm for kernel in module.kernels}
+    (got,) = module.run({"x": data}).values()
+    # Sums that differ in their last bit may round the other way in the next layer.
+    assert np.linalg.norm(got - meant) <= 1e-4 * np.linalg.norm(meant)
 
 
 def test_equal_shapes_are_equal(call_kernel: Any, cpu: Any) -> None:
