@@ -60,7 +60,7 @@ def test_the_pipeline_keeps_the_numbers(arch: str, graph: Graph, level: int, see
 @MANY
 def test_narrow_products_keep_the_numbers(dtype: str, tolerance: float, graph: Graph, level: int, seed: int):
     target = Target.parse("cuda:sm_90")
-    done = run_pipeline(graph, target, pipeline(level, [Anything()], dtype=dtype))
+    done = run_pipeline(graph, target, pipeline(level, [Anything()], dtype=dtype, tensor_cores=True))
     assert_same_numbers(graph, done, np.random.default_rng(seed), tolerance)
     check_plan(done, plan_memory(done, target))
 
