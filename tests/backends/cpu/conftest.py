@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from tests.backends.cpu import tiles
 
 
 @dataclass(frozen=True)
@@ -69,3 +71,15 @@ def call_kernel(tmp_path: Path) -> KernelCall:
         return output
 
     return call
+
+
+@pytest.fixture(params=["emulated", "real"])
+def tile_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Give the CPU to compile for, with emulated tile registers, or real ones where there are."""
+    if request.param == "emulated":
+        tiles.emulate(monkeypatch)
+        yield TEST_CPU
+    elif tiles.present():
+        yield tiles.SAPPHIRE_RAPIDS
+    else:
+        pytest.skip("this CPU has no tile registers")

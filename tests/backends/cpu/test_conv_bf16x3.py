@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -38,24 +37,12 @@ SHAPES |= {
 }
 
 
-@pytest.fixture(params=["emulated", "real"])
-def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Give the CPU to compile for, with emulated registers or real ones."""
-    if request.param == "emulated":
-        tiles.emulate(monkeypatch)
-        yield TEST_CPU
-    elif tiles.present():
-        yield tiles.SAPPHIRE_RAPIDS
-    else:
-        pytest.skip("this CPU has no tile registers")
-
-
 def best(shape: ConvShape) -> MatrixParams:
     return min(conv_bf16x3.space(shape, AVX512), key=lambda p: conv_bf16x3.cost(shape, p, AVX512))
 
 
 def check(
-    call_kernel: Any, cpu: Any, shape: ConvShape, params: MatrixParams, pieces: int = 1, stored: Any = np.float32
+    call_kernel: Any, tile_cpu: Any, shape: ConvShape, params: MatrixParams, pieces: int = 1, stored: Any = np.float32
 ) -> None:
     """Hold relu(conv + bias + residual) against float64, as closely as float32 sums come to it."""
     rng = np.random.default_rng(shape.ic * 1000 + shape.h)
@@ -68,39 +55,39 @@ def check(
     blocks = Layout("NCHW16c")
     func = conv_bf16x3.build(shape, params, with_bias_and_residual(shape))
     packed = [blocks.pack(x), Layout("OIHW16i16o").pack(w), b, blocks.pack(extra)]
-    got = call_kernel(func, packed, shape.output_shape, pieces, cpu)
+    got = call_kernel(func, packed, shape.output_shape, pieces, tile_cpu)
     logical = blocks.unpack(got, wanted.shape)
     assert np.linalg.norm(logical - wanted) <= 4e-7 * np.linalg.norm(wanted)
     assert np.array_equal(blocks.pack(logical), got), "pad lanes must be 0"
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_chosen_schedule_is_right(call_kernel: Any, cpu: Any, name: str) -> None:
-    check(call_kernel, cpu, SHAPES[name], best(SHAPES[name]), pieces=3)
+def test_the_chosen_schedule_is_right(call_kernel: Any, tile_cpu: Any, name: str) -> None:
+    check(call_kernel, tile_cpu, SHAPES[name], best(SHAPES[name]), pieces=3)
 
 
 @pytest.mark.parametrize("name", ["batch of 3, odd rows", "1x1", "asymmetric padding"])
-def test_every_schedule_is_right(call_kernel: Any, cpu: Any, name: str) -> None:
+def test_every_schedule_is_right(call_kernel: Any, tile_cpu: Any, name: str) -> None:
     candidates = list(conv_bf16x3.space(SHAPES[name], AVX512))
     for params in random.Random(name).sample(candidates, min(len(candidates), 3)):
-        check(call_kernel, cpu, SHAPES[name], params)
+        check(call_kernel, tile_cpu, SHAPES[name], params)
 
 
 @pytest.mark.parametrize("name", ["1x1", "asymmetric padding", "channels beside the block", "batch of 3, odd rows"])
-def test_sums_are_right_that_wait_for_further_passes(call_kernel: Any, cpu: Any, name: str) -> None:
+def test_sums_are_right_that_wait_for_further_passes(call_kernel: Any, tile_cpu: Any, name: str) -> None:
     """One pair of blocks of input channels a pass: with a residual, pad lanes, and pixels between the rows."""
     shape = replace(SHAPES[name], ic=SHAPES[name].ic + 64)
     rows = 30 if name == "1x1" else 3
-    check(call_kernel, cpu, shape, MatrixParams(rows, tiles=3, oc_blocks=2, pairs=1), pieces=2)
+    check(call_kernel, tile_cpu, shape, MatrixParams(rows, tiles=3, oc_blocks=2, pairs=1), pieces=2)
 
 
 @pytest.mark.parametrize(("stored", "parts"), [(ml_dtypes.bfloat16, 1), (np.float16, 2)])
-def test_weights_of_16_bits_have_fewer_parts(call_kernel: Any, cpu: Any, stored: Any, parts: int) -> None:
+def test_weights_of_16_bits_have_fewer_parts(call_kernel: Any, tile_cpu: Any, stored: Any, parts: int) -> None:
     shape = replace(SHAPES["channels beside the block"], parts=(3, parts))
-    check(call_kernel, cpu, shape, best(shape), stored=stored)
+    check(call_kernel, tile_cpu, shape, best(shape), stored=stored)
 
 
-def test_numbers_in_bf16_take_one_product(call_kernel: Any, cpu: Any) -> None:
+def test_numbers_in_bf16_take_one_product(call_kernel: Any, tile_cpu: Any) -> None:
     """Where the input is rounded to bf16, too: as a prologue that the kernel computes as it splits."""
     x, w = graph_input("x", (1, 48, 9, 10)), call(Input("w", TensorType((32, 48, 3, 3))))
     rounded = call(Cast(DType.F32), call(Input("w", TensorType((32, 48, 3, 3), DType.BF16))))
@@ -114,7 +101,7 @@ def test_numbers_in_bf16_take_one_product(call_kernel: Any, cpu: Any) -> None:
     )
     func = conv_bf16x3.build(shape, best(shape), plain_body(shape.operand_shapes, shape.output_shape))
     packed = [Layout("NCHW16c").pack(x_array), Layout("OIHW16i16o").pack(w_array)]
-    got = Layout("NCHW16c").unpack(call_kernel(func, packed, shape.output_shape, 1, cpu), (1, 32, 9, 10))
+    got = Layout("NCHW16c").unpack(call_kernel(func, packed, shape.output_shape, 1, tile_cpu), (1, 32, 9, 10))
     wanted = reference(shape, x_array, w_array, np.zeros(32))
     assert np.linalg.norm(got - wanted) <= 4e-7 * np.linalg.norm(wanted)
 
@@ -146,13 +133,13 @@ def test_a_network_in_bf16_is_what_its_graph_says() -> None:
     assert np.linalg.norm(got - meant) <= 1e-4 * np.linalg.norm(meant)
 
 
-def test_equal_shapes_are_equal(call_kernel: Any, cpu: Any) -> None:
+def test_equal_shapes_are_equal(call_kernel: Any, tile_cpu: Any) -> None:
     """A shape that is equal to an earlier one, but another object, is computed the same way."""
     for _ in range(2):
-        check(call_kernel, cpu, replace(SHAPES["1x1 strided"]), MatrixParams(rows=3, tiles=2, oc_blocks=1))
+        check(call_kernel, tile_cpu, replace(SHAPES["1x1 strided"]), MatrixParams(rows=3, tiles=2, oc_blocks=1))
 
 
-def test_large_and_small_numbers(call_kernel: Any, cpu: Any) -> None:
+def test_large_and_small_numbers(call_kernel: Any, tile_cpu: Any) -> None:
     """Numbers near the largest, whose parts must not overflow, and from where the smallest parts are lost."""
     shape = ConvShape(1, 32, 4, 4, 16, 1, 1)
     rng = np.random.default_rng(0)
@@ -164,11 +151,11 @@ def test_large_and_small_numbers(call_kernel: Any, cpu: Any) -> None:
         magnitude = np.einsum("oi,nihw->nohw", np.abs(w[:, :, 0, 0]).astype(np.float64), np.abs(x).astype(np.float64))
         func = conv_bf16x3.build(shape, best(shape), plain_body(shape.operand_shapes, shape.output_shape))
         packed = [Layout("NCHW16c").pack(x), Layout("OIHW16i16o").pack(w)]
-        got = Layout("NCHW16c").unpack(call_kernel(func, packed, shape.output_shape, 1, cpu), wanted.shape)
+        got = Layout("NCHW16c").unpack(call_kernel(func, packed, shape.output_shape, 1, tile_cpu), wanted.shape)
         assert np.all(np.abs(got - wanted) <= bound * magnitude)
 
 
-def test_numbers_that_are_not_finite_stay_so(call_kernel: Any, cpu: Any) -> None:
+def test_numbers_that_are_not_finite_stay_so(call_kernel: Any, tile_cpu: Any) -> None:
     """What depends on an infinity is not finite, and nothing else is."""
     shape = ConvShape(1, 16, 3, 40, 16, 3, 3, pad=(1, 1, 1, 1))
     rng = np.random.default_rng(0)
@@ -177,7 +164,7 @@ def test_numbers_that_are_not_finite_stay_so(call_kernel: Any, cpu: Any) -> None
     w = rng.standard_normal((16, 16, 3, 3), np.float32)
     func = conv_bf16x3.build(shape, best(shape), plain_body(shape.operand_shapes, shape.output_shape))
     packed = [Layout("NCHW16c").pack(x), Layout("OIHW16i16o").pack(w)]
-    got = Layout("NCHW16c").unpack(call_kernel(func, packed, shape.output_shape, 1, cpu), (1, 16, 3, 40))
+    got = Layout("NCHW16c").unpack(call_kernel(func, packed, shape.output_shape, 1, tile_cpu), (1, 16, 3, 40))
     reached = np.zeros(got.shape, bool)
     reached[..., 6:9] = True
     assert np.array_equal(~np.isfinite(got), reached)
@@ -190,9 +177,9 @@ def test_the_emulation_is_what_the_processor_does(call_kernel: Any, monkeypatch:
     rng = np.random.default_rng(0)
     packed = [rng.standard_normal(shape, np.float32) for shape in shape.operand_shapes]
 
-    def run(cpu: Any) -> np.ndarray:
+    def run(tile_cpu: Any) -> np.ndarray:
         func = conv_bf16x3.build(shape, params, plain_body(shape.operand_shapes, shape.output_shape))
-        result: np.ndarray = call_kernel(func, packed, shape.output_shape, 1, cpu)
+        result: np.ndarray = call_kernel(func, packed, shape.output_shape, 1, tile_cpu)
         return result
 
     real = run(tiles.SAPPHIRE_RAPIDS)

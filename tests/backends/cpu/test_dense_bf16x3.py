@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,19 +20,6 @@ from cnnc.ir.interp import run
 from cnnc.ir.layout import Layout
 from cnnc.ops import Add, Dense, constant, graph_input
 from tests.backends.cpu import tiles
-from tests.backends.cpu.conftest import TEST_CPU
-
-
-@pytest.fixture(params=["emulated", "real"])
-def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Give the CPU to compile for, with emulated registers or real ones."""
-    if request.param == "emulated":
-        tiles.emulate(monkeypatch)
-        yield TEST_CPU
-    elif tiles.present():
-        yield tiles.SAPPHIRE_RAPIDS
-    else:
-        pytest.skip("this CPU has no tile registers")
 
 
 def with_bias(shape: DenseShape) -> Body:
@@ -54,7 +40,7 @@ def with_bias(shape: DenseShape) -> Body:
     [((17,), 64, 32), ((2, 19), 48, 80), ((1, 33, 2), 96, 16), ((70,), 160, 144)],
 )
 def test_rows_against_float64(
-    call_kernel: Any, cpu: Any, leading: tuple[int, ...], inputs: int, outputs: int, pairs: int
+    call_kernel: Any, tile_cpu: Any, leading: tuple[int, ...], inputs: int, outputs: int, pairs: int
 ) -> None:
     shape = DenseShape(leading, inputs, outputs)
     rng = np.random.default_rng(inputs)
@@ -65,7 +51,7 @@ def test_rows_against_float64(
     chosen = min(conv_bf16x3.space(convolution, AVX512), key=lambda p: conv_bf16x3.cost(convolution, p, AVX512))
     params = MatrixParams(chosen.rows, chosen.tiles, chosen.oc_blocks, pairs)
     func = dense_bf16x3.build(shape, params, with_bias(shape))
-    got = call_kernel(func, [x, Layout("OI64o").pack(w), b], (*leading, outputs), 2, cpu)
+    got = call_kernel(func, [x, Layout("OI64o").pack(w), b], (*leading, outputs), 2, tile_cpu)
     wanted = x.astype(np.float64) @ w.T.astype(np.float64) + b
     assert np.linalg.norm(got - wanted) <= 4e-7 * np.linalg.norm(wanted)
 
