@@ -82,9 +82,6 @@ Xeon's, which stand for vectors of 8 lanes and of 16."""
 EXPOSED_MOVES = 0.38
 """The share of reading input and writing output that their arithmetic does not hide."""
 
-TILED_WINOGRAD = 1.3
-"""How many times as long Winograd's algorithm takes with AMX, beside the direct one."""
-
 EXPOSED = 0.15
 """The share of the shorter of arithmetic and reading that the longer does not hide."""
 
@@ -139,8 +136,7 @@ def _winograd_seconds(tile: int) -> Seconds:
         products = 1.06 * ic_blocks * target.vector_lanes * oc_blocks
         work = vertical.positions * horizontal.positions * (products + DATA_FMA * ic_blocks + OUTPUT_FMA * oc_blocks)
         weights = stored.itemsize * vertical.weights * horizontal.weights * ic * oc
-        slower = TILED_WINOGRAD if target.multiplies_tiles else 1.0
-        arithmetic = slower * tiles * work / FMA_A_SECOND
+        arithmetic = tiles * work / FMA_A_SECOND
         return _together(arithmetic, _reading(weights, target)) + _moving(node, target)
 
     return seconds
@@ -223,8 +219,9 @@ BF16X3_ERROR, BF16X3_MARGIN = 2.2, 0.95
 CYCLES_A_SECOND = 3.0e9
 """Cycles of a core in which it gives `FMA_A_SECOND`."""
 
-TILE_CYCLES, SPLIT_CYCLES, SPLIT_WEIGHTS = 23.0, 29.0, 84.0
-"""Cycles for a product of tiles, to split 32 numbers into parts, and what splitting a tile of weights adds."""
+TILE_CYCLES, SPLIT_CYCLES, SPLIT_WEIGHTS = 23.0, 45.0, 130.0
+"""Cycles for a product of tiles, to split 32 numbers into parts and use them for few products, and what splitting a
+tile of weights adds."""
 
 ALGORITHMS: tuple[Algorithm, ...] = (
     Algorithm("direct", error=2.2, applies=lambda node, target: True, seconds=_direct_seconds, exact=True),
