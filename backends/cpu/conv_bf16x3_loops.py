@@ -22,6 +22,9 @@ from cnnc.backends.lower.body import Body
 
 __all__ = ["MatrixLoops"]
 
+SPLIT_AHEAD = 2
+"""Steps for which weights are split early: a tile that was stored just before is slow to load."""
+
 AHEAD = 8
 """Steps for which weights are asked for early."""
 
@@ -46,6 +49,7 @@ class MatrixLoops:
         self.pairs = params.pairs or pairs
         self.passes = pairs // self.pairs
         self.steps = self.pairs * shape.kh * shape.kw
+        self.ahead = min(SPLIT_AHEAD, self.steps)
         x_parts, self.w_parts = shape.parts
         self.input = PlaneParts(planes, self.pairs, x_parts, shape.ic_blocks)
         self.weights = loops.buffer("weights", (self.steps, self.w_parts, TILE_ROWS, TILE_LINE), "uint32")
@@ -83,8 +87,10 @@ class MatrixLoops:
             return self.body.operand(self._input_at(image, block, *self._position(row, column), lane))
 
         def one_pass(number: Any) -> Any:
+            early = (self._split_weights(first_oc, number, loops.const(step)) for step in range(self.ahead))
             return loops.sequence(
                 self.input.fill(first, number * self.pairs, read),
+                *early,
                 loops.loop(blocks, lambda i: one_block(number, i), "oc"),
             )
 
@@ -157,8 +163,8 @@ class MatrixLoops:
 
         return loops.sequence(*(ask(which) for which in range(share)))
 
-    def _ask_for_outputs(self, image: Any, oc: Any, first: Any, number: Any, step: Any, pixel: Any) -> Any:
-        """Ask for a share of the output lines of a tile, and of what the epilogue reads beside sums, a residual say.
+    def _ask_for_outputs(self, image: Any, oc: Any, first: Any, number: Any, step: Any, pixel: Any, after: int) -> Any:
+        """Ask for a share of the output lines of the tile `after` a pixel, and of what the epilogue reads beside sums.
 
         So the cores that had them are asked, or memory, while the sums are not known yet.
         """
@@ -169,8 +175,9 @@ class MatrixLoops:
             return None
 
         def ask(which: int) -> Any:
-            here = pixel + step * share + which
-            at = self._output_at(image, oc, *self._position(first + here // width, here % width), 0)
+            # Lines of pixels follow each other, and what is a number here needs no division there.
+            here, line = pixel + step * share, (after + which) * shape.block
+            at = self._output_at(image, oc, *self._position(first + here // width, here % width), line)
             return loops.sequence(
                 loops.prefetch(self.y, *at, write=True), *(loops.prefetch(operand, *at) for operand in beside)
             )
@@ -186,17 +193,28 @@ class MatrixLoops:
         """Compute block `index` of a slice's output channels in pass `number`, on `rows` rows, some tiles at a time."""
         tiles = -(-((rows - 1) * self.planes.width + self.shape.ow) // TILE_ROWS)
 
-        def next_weights(step: Any, part: int, parts: int) -> Any:
-            following = tirx.min(step + 1, loops.const(self.steps - 1))
-            share = (part * TILE_ROWS // parts, (part + 1) * TILE_ROWS // parts)
-            return loops.sequence(
-                self._ask_for_weights(oc, number, step, *share), self._split_weights(oc, number, following, *share)
-            )
+        def split_beside(first_group: bool, last_group: Any) -> Callable[[Any, int, int], Any]:
+            """Split the weights of later steps beside the first group, and the first of the next block beside the last.
 
-        def nothing(step: Any, part: int, parts: int) -> Any:
-            return None
+            `last_group` is None for a group that never is.
+            """
+            next_block = tirx.min(oc + 1, loops.const(self.shape.oc_blocks - 1))
 
-        def group(tile: Any, count: int, also: Callable[[Any, int, int], Any] = nothing) -> Any:
+            def beside(step: Any, part: int, parts: int) -> Any:
+                share = (part * TILE_ROWS // parts, (part + 1) * TILE_ROWS // parts)
+                later = step + self.ahead
+                statements = []
+                if first_group:
+                    statements.append(self._ask_for_weights(oc, number, step, *share))
+                    statements.append(loops.when(later < self.steps, self._split_weights(oc, number, later, *share)))
+                if last_group is not None:
+                    split = self._split_weights(next_block, number, later - self.steps, *share)
+                    statements.append(loops.when(tirx.all(last_group, later >= self.steps), split))
+                return loops.sequence(*statements)
+
+            return beside
+
+        def group(tile: Any, count: int, also: Callable[[Any, int, int], Any]) -> Any:
             pixel = tile * TILE_ROWS
 
             def beside(step: Any, part: int, parts: int) -> Any:
@@ -204,7 +222,7 @@ class MatrixLoops:
                 return loops.sequence(
                     also(step, part, parts),
                     self._ask_for_input(image, number, first, done, tiles),
-                    self._ask_for_outputs(image, oc, first, number, step, pixel + part * TILE_ROWS),
+                    self._ask_for_outputs(image, oc, first, number, step, pixel, part * TILE_ROWS),
                 )
 
             def each(instruction: Callable[..., Any], buffer: Any, *at: Any) -> Any:
@@ -228,12 +246,17 @@ class MatrixLoops:
             )
 
         def groups(first_tile: int, size: int, count: int) -> Any:
-            return loops.loop(count, lambda i: group(first_tile + i * size, size), "group") if count else None
+            is_last_size = first_tile + size * count == tiles
+
+            def one(i: Any) -> Any:
+                last_group = tirx.EQ(i, loops.const(count - 1)) if is_last_size else None
+                return group(first_tile + i * size, size, split_beside(False, last_group))
+
+            return loops.loop(count, one, "group") if count else None
 
         (size, count), *smaller = even_split(tiles, self.params.tiles)
         return loops.sequence(
-            self._split_weights(oc, number, loops.const(0)),
-            group(loops.const(0), size, next_weights),
+            group(loops.const(0), size, split_beside(True, tirx.const(True) if size == tiles else None)),
             groups(size, size, count - 1),
             *(groups(size * count, *part) for part in smaller),
         )
