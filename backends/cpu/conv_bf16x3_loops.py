@@ -50,6 +50,8 @@ class MatrixLoops:
         self.passes = pairs // self.pairs
         self.steps = self.pairs * shape.kh * shape.kw
         self.ahead = min(SPLIT_AHEAD, self.steps)
+        self.next_pixel = shape.block
+        """Numbers of the output from a pixel to the next."""
         x_parts, self.w_parts = shape.parts
         self.input = PlaneParts(planes, self.pairs, x_parts, shape.ic_blocks)
         self.weights = loops.buffer("weights", (self.steps, self.w_parts, TILE_ROWS, TILE_LINE), "uint32")
@@ -175,9 +177,9 @@ class MatrixLoops:
             return None
 
         def ask(which: int) -> Any:
-            # Lines of pixels follow each other, and what is a number here needs no division there.
-            here, line = pixel + step * share, (after + which) * shape.block
-            at = self._output_at(image, oc, *self._position(first + here // width, here % width), line)
+            # Pixels lie in order, so a number of them is an offset, which needs no division.
+            here, offset = pixel + step * share, (after + which) * self.next_pixel
+            at = self._output_at(image, oc, *self._position(first + here // width, here % width), offset)
             return loops.sequence(
                 loops.prefetch(self.y, *at, write=True), *(loops.prefetch(operand, *at) for operand in beside)
             )

@@ -26,6 +26,7 @@ class DenseMatrixLoops(MatrixLoops):
     def __init__(self, shape: DenseShape, params: MatrixParams, body: Body) -> None:
         self.leading = shape.leading
         super().__init__(convolution(shape), params, body, (*shape.leading, shape.outputs))
+        self.next_pixel = shape.outputs
 
     def _input_at(self, image: Any, block: Any, row: Any, column: Any, lane: Any) -> tuple[Any, ...]:
         return (*position(self.leading, row), block * TILE_LINE + lane)
