@@ -28,6 +28,7 @@ from cnnc.ops.source import Input
 from cnnc.target import CPUS, Target
 
 TARGET = Target("cpu", "x86-64-v3", CPUS["x86-64-v3"])
+SHIPPED = records.SHIPPED
 LEGAL = "conv_direct(pixels=6,vectors=2,oc_tiles=1,rows=5,oc_outer=1,width=0,channels=0)"
 
 
@@ -139,6 +140,18 @@ def test_the_users_records_come_before_those_shipped(tmp_path: Path):
     assert found(kernel(), TARGET) == Schedule.parse(LEGAL)
     assert found(kernel(32), TARGET) == Schedule.parse(other)
     assert tuned_records(False, TARGET)(kernel(), TARGET) is None
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_the_shipped_records_hold(path: Path):
+    target = Target("cpu", path.stem, CPUS[path.stem])
+    lines = path.read_bytes().splitlines()
+    for found in map(Record.parse, lines):
+        body = parse_graph(found.kernel)
+        fused = Fused(body, max(body.nodes, key=lambda node: node.op.kind).op.name)
+        assert record_key(fused, replace(target, threads=found.threads)) == found.key
+        assert str(checked_schedule(found, fused, target)) == found.schedule
+    assert lines
 
 
 def test_an_invalid_record_of_the_user_leaves_the_shipped_one(tmp_path: Path):
