@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from cnnc.errors import ShapeError
 from cnnc.ir.build import call, infer_types
@@ -31,12 +31,10 @@ from cnnc.ops.fused import Fused
 from cnnc.ops.layout_transform import LayoutTransform
 from cnnc.ops.source import Constant
 from cnnc.ops.winograd import winograd_layout
+from cnnc.passes.layout_cut import BLOCKED, PLAIN, Edge, blocked_side
 from cnnc.passes.registry import Pass
 from cnnc.passes.views import renames_memory
 from cnnc.target import Target
-
-if TYPE_CHECKING:
-    import networkx
 
 Wanted: TypeAlias = dict[Node, tuple[Layout | None, ...]]
 """Nodes that can compute in blocks, with the layouts their inputs then have."""
@@ -226,105 +224,40 @@ def _choose(graph: Graph, form: Form, decided: Decisions | None = None) -> Wante
     return {node: wanted[node] for node in _minimum_cut(graph, wanted, form, decided)}
 
 
-_BLOCKED, _PLAIN = "blocked", "plain"
-_PER_SECOND = 1e12
-"""Costs are cut as whole picoseconds, so that no rounding decides."""
-
-MOST_UNDECIDED = 5_000
-"""With more nodes to decide, which no network for images has, all that can be blocked is: cuts take quadratic time."""
-
-
-@dataclass(frozen=True)
-class _Edge:
-    """What it costs to make `value` in one layout and read it in another; makers and readers are nodes or _PLAIN."""
-
-    value: Value
-    maker: Node | str
-    readers: tuple[Node | str, ...]
-    seconds: float
-
-
 def _minimum_cut(graph: Graph, wanted: Wanted, form: Form, decided: Decisions | None = None) -> set[Node]:
     """Give the nodes on the blocked side of the cheapest cut that keeps to what is decided."""
     edges = list(_edges(graph, wanted, form))
     gain = {n: _node_cost(n, form, blocked=False) - _node_cost(n, form, blocked=True) for n in wanted}
-    label = _clear(gain, edges)
-    label |= _labels(wanted, decided or {})
-    undecided = [node for node in wanted if node not in label]
-    if len(undecided) > MOST_UNDECIDED:
-        return {node for node in wanted if label.get(node) != _PLAIN}
-    network = _network(undecided, gain, edges, label)
-    import networkx
-
-    _, (blocked, _) = networkx.minimum_cut(
-        network, _BLOCKED, _PLAIN, flow_func=networkx.algorithms.flow.boykov_kolmogorov
-    )
-    return {node for node in wanted if label.get(node) == _BLOCKED or node in blocked}
+    return blocked_side(gain, edges, _labels(wanted, decided or {}))
 
 
-def _edges(graph: Graph, wanted: Wanted, form: Form) -> Iterator[_Edge]:
+def _edges(graph: Graph, wanted: Wanted, form: Form) -> Iterator[Edge]:
     """List the values whose layout may have to change."""
     outputs = set(graph.outputs)
     for value, users in graph.users.items():
         if isinstance(value.op, Constant) or value.type.rank != RANK or value.dtype is not DType.F32:
             continue
-        maker = value.node if value.node in wanted else _PLAIN
+        maker = value.node if value.node in wanted else PLAIN
         strict = (user for user in users if user not in wanted or not _reads_either(user, form))
         readers = dict.fromkeys(_reader(user, value, wanted) for user in strict)
         if value in outputs:
-            readers[_PLAIN] = None
+            readers[PLAIN] = None
         if set(readers) - {maker}:
-            yield _Edge(value, maker, tuple(readers), _transform_cost(value, form))
-
-
-def _clear(gain: dict[Node, float], edges: Sequence[_Edge]) -> dict[Node, str]:
-    """Label the nodes that gain more by one layout than all their transforms could cost."""
-    at_stake = dict.fromkeys(gain, 0.0)
-    for edge in edges:
-        for node in {edge.maker, *edge.readers}:
-            if isinstance(node, Node):
-                at_stake[node] += edge.seconds
-    return {n: _BLOCKED if gain[n] > 0 else _PLAIN for n in gain if abs(gain[n]) > at_stake[n]}
+            yield Edge(value, maker, tuple(readers), _transform_cost(value, form))
 
 
 def _labels(nodes: Iterable[Node], decided: Decisions) -> dict[Node, str]:
     """Label the convolutions that are decided."""
     found = {node: decided.get(layer) for node in nodes if decided and (layer := _layer(node)) is not None}
-    return {node: _BLOCKED if any(layouts) else _PLAIN for node, layouts in found.items() if layouts is not None}
-
-
-def _network(
-    undecided: Sequence[Node], gain: dict[Node, float], edges: Sequence[_Edge], label: dict[Node, str]
-) -> networkx.DiGraph:
-    """Make the network to cut: an edge (a, b) costs its capacity where a is blocked and b plain, or is never cut.
-
-    A value changed to blocked for some reader costs once, so its readers pull a vertex that stands for "some reader is
-    blocked", and only that one pays; likewise for plain.
-    """
-    import networkx
-
-    network = networkx.DiGraph()
-    network.add_nodes_from((_BLOCKED, _PLAIN))
-    for node in undecided:
-        ends = (_BLOCKED, node) if gain[node] > 0 else (node, _PLAIN)
-        network.add_edge(*ends, capacity=round(abs(gain[node]) * _PER_SECOND))
-    for edge in edges:
-        maker, *readers = (n if isinstance(n, str) else label.get(n, n) for n in (edge.maker, *edge.readers))
-        some_blocked, some_plain = (edge.value, _BLOCKED), (edge.value, _PLAIN)
-        for reader in set(readers):
-            network.add_edge(reader, some_blocked)
-            network.add_edge(some_plain, reader)
-        network.add_edge(some_blocked, maker, capacity=round(edge.seconds * _PER_SECOND))
-        network.add_edge(maker, some_plain, capacity=round(edge.seconds * _PER_SECOND))
-    return network
+    return {node: BLOCKED if any(layouts) else PLAIN for node, layouts in found.items() if layouts is not None}
 
 
 def _reader(user: Node, value: Value, wanted: Wanted) -> Node | str:
     """Give what decides in which layout a node reads a value: its own label, or plain in any case."""
     if user not in wanted:
-        return _PLAIN
+        return PLAIN
     layouts = [layout for v, layout in zip(user.inputs, wanted[user], strict=True) if v == value]
-    return _PLAIN if None in layouts else user
+    return PLAIN if None in layouts else user
 
 
 # The new graph

@@ -32,7 +32,7 @@ from cnnc.ops import (
     constant,
     graph_input,
 )
-from cnnc.passes import assign_layouts
+from cnnc.passes import assign_layouts, layout_cut
 from cnnc.passes.assign_layouts import AssignLayouts
 from cnnc.passes.fuse import Fuse
 from cnnc.target import Target
@@ -229,8 +229,12 @@ def seconds(graph: Graph, blocked: set[Node], wanted: assign_layouts.Wanted, blo
     return total
 
 
+@pytest.mark.parametrize("agreed", [True, False])
 @pytest.mark.parametrize("kinds", ["crtrc", "trcrt", "rrcrr", "ctctc", "rtrtcr"])
-def test_the_cut_is_the_cheapest_of_all_assignments(rng, kinds):
+def test_the_cut_is_the_cheapest_of_all_assignments(rng, kinds, agreed, monkeypatch):
+    """With what neighbours agree on beforehand, and without."""
+    if not agreed:
+        monkeypatch.setattr(layout_cut, "_agreed", lambda gain, edges, label: {})
     graph = zigzag(rng, kinds)
     wanted = {n: w for n in graph.nodes if (w := assign_layouts.wanted_layouts(n, assign_layouts.Form(8))) is not None}
     choices = [
@@ -241,6 +245,19 @@ def test_the_cut_is_the_cheapest_of_all_assignments(rng, kinds):
     best = min(seconds(graph, choice, wanted, 8) for choice in choices)
     assert seconds(graph, cut, wanted, 8) == pytest.approx(best, rel=1e-6)
     check(ASSIGN, graph, rng)
+
+
+def test_where_all_gain_by_blocks_nothing_is_cut(rng, monkeypatch):
+    def cut(*_: object) -> None:
+        raise AssertionError("there is nothing to decide")
+
+    monkeypatch.setattr(layout_cut, "_network", cut)
+    y = conv(image(1, 16, 32, 32), weights(rng, 16, 16, 3, 3, label="w0"))
+    for block in range(3):
+        y = call(Relu(), call(Add(), y, conv(call(Relu(), y), weights(rng, 16, 16, 1, 1, label=f"w{block + 1}"))))
+    done = check(ASSIGN, graph_of(conv(y, weights(rng, 16, 16, 3, 3, label="last"))), rng)
+    assert layouts(done, "add") == ["NCHW8c"] * 3
+    assert transforms(done) == 2
 
 
 def test_a_transform_is_made_once(rng):
