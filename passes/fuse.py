@@ -11,7 +11,7 @@ as of a weight stored in 16 bits, goes into the kernel of the reduction that rea
    end takes such a prologue: mul, add, relu before a convolution become fused(x, k, b, w) {mul, add, relu, conv}.
 3. A group of elementwise and injective nodes moves into its only consumer where that reads each element once; one that
    merely moves data also through views, into a consumer that moves it on.
-4. Groups become kernels, in an order that networkx finds (or refuses, should a group be cyclic).
+4. Groups become kernels, each after those it reads (which is refused, should groups be cyclic).
 
 Growing keeps groups convex: everything between a group's first value and its last is inside.  The rules are those of
 Hidet (ASPLOS'23, section 4.2); the names prologue and epilogue are its, too.
@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
+from heapq import heappop, heappush
 from typing import Protocol, runtime_checkable
 
 from cnnc.errors import VerifyError
@@ -292,22 +294,25 @@ def _build(graph: Graph, groups: _Groups) -> Graph:
 
 def _order(graph: Graph, groups: _Groups) -> Iterator[Node | _Group]:
     """List groups and the nodes outside them, each after what it reads."""
-    import networkx
-
-    view = networkx.DiGraph()
+    sorter: TopologicalSorter[Node | _Group] = TopologicalSorter()
     rank: dict[Node | _Group, int] = {}
     for node in graph.nodes:
         item = groups.of.get(node, node)
         rank[item] = groups.rank[node]
-        view.add_node(item)
-        for value in node.inputs:
-            source = groups.of.get(value.node, value.node)
-            if source is not item:
-                view.add_edge(source, item)
+        sources = (groups.of.get(value.node, value.node) for value in node.inputs)
+        sorter.add(item, *(source for source in sources if source is not item))
     try:
-        yield from list(networkx.lexicographical_topological_sort(view, key=rank.__getitem__))
-    except networkx.NetworkXUnfeasible:
+        sorter.prepare()
+    except CycleError:
         raise VerifyError(f"fuse: groups of {graph.name} depend on each other in a circle") from None
+    items = {place: item for item, place in rank.items()}
+    ready: list[int] = []
+    while sorter.is_active():
+        for item in sorter.get_ready():
+            heappush(ready, rank[item])
+        first = items[heappop(ready)]
+        yield first
+        sorter.done(first)
 
 
 def _leaving(graph: Graph, group: _Group) -> list[Value]:
