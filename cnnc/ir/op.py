@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
@@ -146,6 +147,7 @@ def as_tuple(results: T | tuple[T, ...]) -> tuple[T, ...]:
     return results if isinstance(results, tuple) else (results,)
 
 
+@cache
 def snake_case(name: str) -> str:
     """Write a class name as operators are printed: `ConvTranspose` -> `conv_transpose`."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()

@@ -170,26 +170,25 @@ def _sweep(graph: Graph, rules: Sequence[Rule], log: RewriteLog) -> Graph:
 
 def _apply(value: Value, rules: Sequence[Rule], state: _State, known: set[Node]) -> Value:
     """Apply rules at one value until none fires there."""
-    progress = True
-    while progress:
-        progress = False
+    while (result := _apply_first(value, rules, state)) is not None:
+        if result.type != value.type:
+            raise VerifyError(f"rule {state.rule} changes {value.type} to {result.type} at {sorted(value.node.loc)}")
+        result = _merge_locations(value, result, state, known)
+        state.log.fired.append(Firing(state.rule, repr(value), repr(result), value.node.loc | result.node.loc))
+        value = result
+    return value
+
+
+def _apply_first(value: Value, rules: Sequence[Rule], state: _State) -> Value | None:
+    """Give what the first rule that fires makes of a value, None if none does; `state.rule` is the last one tried."""
+    state.loc = value.node.loc
+    with located(state.loc):
         for rule in rules:
             state.rule = getattr(rule, "__name__", "rule")
-            state.loc = value.node.loc
-            with located(value.node.loc):
-                result = rule(value)
-            if result is None or result == value:
-                continue
-            if result.type != value.type:
-                raise VerifyError(
-                    f"rule {state.rule} changes {value.type} to {result.type} at {sorted(value.node.loc)}"
-                )
-            result = _merge_locations(value, result, state, known)
-            state.log.fired.append(Firing(state.rule, repr(value), repr(result), value.node.loc | result.node.loc))
-            value = result
-            progress = True
-            break
-    return value
+            result = rule(value)
+            if result is not None and result != value:
+                return result
+    return None
 
 
 def _merge_locations(old: Value, new: Value, state: _State, known: set[Node]) -> Value:
