@@ -93,7 +93,8 @@ def emit_driver(program: Program) -> bytes:
     llvm.initialize_all_asmprinters()
     module = llvm.parse_assembly(driver_ir(program))
     module.verify()
-    machine = llvm.Target.from_triple(TRIPLE).create_target_machine(cpu="x86-64", opt=1, reloc="pic", codemodel="small")
+    # Not optimised: it hands calls on, and what could be saved is less than the time that takes LLVM.
+    machine = llvm.Target.from_triple(TRIPLE).create_target_machine(cpu="x86-64", opt=0, reloc="pic", codemodel="small")
     return bytes(machine.emit_object(module))
 
 

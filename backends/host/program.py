@@ -164,7 +164,7 @@ class Program:
         """The model for each batch size, in the order asked for."""
         return (Variant(self.batch, self.inputs, self.outputs, self.calls), *self.others)
 
-    @property
+    @cached_property
     def weight_bytes(self) -> int:
         """Bytes of the block of weights."""
         return sum(memoryview(piece).nbytes for piece in self.weights)
