@@ -72,9 +72,13 @@ class CompileProcess:
                 code = b64decode(answer["code"])
                 yield KernelObject(answer["symbol"], code, answer["slices"], answer["scratch_bytes"])
 
-    def close(self) -> None:
-        """End the process, whatever it is doing."""
+    def dismiss(self) -> None:
+        """End the process, whatever it is doing, and wait for nothing: to give back TVM's memory takes it a while."""
         self._process.kill()
+
+    def close(self) -> None:
+        """End the process, if it has not been dismissed, and wait until it is gone."""
+        self.dismiss()
         # Leaving waits for it; requests it did not read are flushed into a broken pipe.
         with suppress(BrokenPipeError), self._process:
             pass

@@ -66,10 +66,12 @@ def _compile(
         if model.endswith(".so"):
             raise UsageError(f"{model} is compiled already")
         opened = open_model(model, arguments, output.stem, helper)
-    assert opened.report is not None
-    linking = time.perf_counter()
-    files = opened.module.save(output, emit=kinds)
-    opened.report.phases["link"] = time.perf_counter() - linking
+        if helper is not None:
+            helper.dismiss()
+        assert opened.report is not None
+        linking = time.perf_counter()
+        files = opened.module.save(output, emit=kinds)
+        opened.report.phases["link"] = time.perf_counter() - linking
     return opened.report, _error(opened.module, model, arguments, opened.report), files
 
 
@@ -81,6 +83,9 @@ def _no_garbage_search() -> Iterator[None]:
     try:
         yield
     finally:
+        # All that is new would be looked through at once; frozen and thawed, it is among what is old.
+        gc.freeze()
+        gc.unfreeze()
         if searches:
             gc.enable()
 
