@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The file to write, net.so.")
 @click.option("--emit", default="so,header", show_default=True, help="Some of so, header, exe, obj, ir.")
 @compile_options
+@click.option(
+    "--threads",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    help="Threads to choose tile sizes for; the binary runs with any number of them.",
+)
 @click.option("--time-passes", is_flag=True, help="Print the seconds of each pass.")
 @click.option("--why", metavar="RULE", help="Print where a rewrite rule applied and where it nearly did.")
 @click.option(

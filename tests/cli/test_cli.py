@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import cnnc
 from cnnc.backends.host.gpu import Driver, Gpu
 from cnnc.cli import doctor
 from cnnc.cli.main import run
@@ -44,6 +45,20 @@ def test_compile_writes_library_and_header_and_says_so(model: str, tmp_path: Pat
     assert report["report"] == "compile"
     assert set(report["files"]) == {str(path), str(path.with_suffix(".h"))}
     assert report["kernels"] > 0
+
+
+def test_compile_chooses_tile_sizes_for_threads(tmp_path: Path):
+    path = tmp_path / "wide.py"
+    path.write_text(NETWORK.replace("(3, 8, 8)", "(32, 28, 28)").replace("conv(5, 3, pad=1", "conv(32, 1"))
+    schedules = []
+    for threads in ("1", "16"):
+        binary = tmp_path / f"wide{threads}.so"
+        assert (
+            run(["compile", f"{path}:tiny", "-o", str(binary), "--target", "cpu:x86-64-v3", "--threads", threads]) == 0
+        )
+        schedules.append([kernel.schedule for kernel in cnnc.load(binary).kernels])
+    assert schedules[0] != schedules[1]
+    assert run(["compile", f"{path}:tiny", "-o", str(binary), "--threads", "0"]) == 2
 
 
 def test_run_of_binary_equals_interpreter(model: str, binary: str, tmp_path: Path):
