@@ -130,7 +130,7 @@ class MatrixLoops:
             zero = tirx.Broadcast(tirx.const(0.0, "float32"), TILE_LINE)
             return loops.when(block + 1 < shape.ic_blocks, both, put(paired_parts(read(0), zero, self.w_parts)))
 
-        return loops.unrolled(end - begin, one, "channel", begin)
+        return loops.loop(end - begin, one, "channel", begin)
 
     def _ask_for_weights(self, oc: Any, number: Any, step: Any, begin: int, end: int) -> Any:
         """Ask for weights of the step that is `AHEAD` of this one; where there are passes, of the next block's."""
