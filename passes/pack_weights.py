@@ -37,9 +37,9 @@ class PackWeights(Pass):
         return graph if target.is_gpu else self._pack(graph, target, _is_worth_it)
 
     def run_together(self, graphs: Sequence[Graph], target: Target) -> tuple[Graph, ...]:
-        """Pack what is worth it in any of the graphs."""
-        if len(graphs) == 1:
-            return (self.run(graphs[0], target),)
+        """Pack what is worth it in any of the graphs; nothing for a GPU."""
+        if len(graphs) == 1 or target.is_gpu:
+            return tuple(self.run(graph, target) for graph in graphs)
         worth_it = {node.inputs[1].op for graph in graphs for node in graph.nodes if _is_worth_it(node)}
         return tuple(
             self._pack(graph, target, lambda node: _is_possible(node) and node.inputs[1].op in worth_it)

@@ -19,15 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from cnnc.backends.cuda.flat_epilogue import FlatKernel, flat_kernel
-from cnnc.backends.cuda.machine import MULTIPROCESSORS
+from cnnc.backends.cuda.machine import MULTIPROCESSORS, SECONDS_PER_LAUNCH
 from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.ops.fused import Fused, Schedule
 from cnnc.target import Target
 
 _FLOPS_PER_SECOND = 1e13
 """What blocks of threads compute when all multiprocessors have some."""
-
-_SECONDS_PER_KERNEL = 2e-6
 
 MOST_IMAGES = 65535
 """Blocks of a grid along its third dimension."""
@@ -90,7 +88,7 @@ class ConvGemm:
         # For each term a thread loads a row and a column of its tile; a load takes as long as an addition.
         a, b = tile.thread_rows, tile.thread_columns
         seconds = rounds * flops * (1 + (a + b) / (a * b)) / (_FLOPS_PER_SECOND / multiprocessors)
-        return seconds + _SECONDS_PER_KERNEL
+        return seconds + SECONDS_PER_LAUNCH
 
     def build(self, kernel: Fused, schedule: Schedule, target: Target) -> Any:
         """Give the scheduled PrimFunc over the kernel's inputs, then its output."""

@@ -6,16 +6,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from cnnc.backends.cuda.machine import GPUS, SECONDS_PER_LAUNCH
+from cnnc.ir.op import Kind
 from cnnc.ops.fused import Fused, Schedule
 from cnnc.target import Target
 
-_BYTES_PER_SECOND = 1e12
-"""What a GPU streams."""
+_SHARE_OF_BANDWIDTH = 0.5
+"""What threads with a number each to read get of a GPU's memory."""
 
 _FLOPS_PER_SECOND = 1e12
 """What it computes when every operand comes from memory or a cache."""
-
-_SECONDS_PER_KERNEL = 2e-6
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,16 @@ class Generic:
         return (Schedule(self.name),)
 
     def cost(self, kernel: Fused, schedule: Schedule, target: Target) -> float:
-        """Estimate seconds from the memory moved and the arithmetic, by whichever takes longer."""
+        """Estimate seconds from the memory moved and the arithmetic, by whichever takes longer.
+
+        A reduction is taken to have a launch of its own.
+        """
         inputs = [value.type for value in kernel.body.inputs]
         moved = sum(type_.nbytes for type_ in (*inputs, *(value.type for value in kernel.body.outputs)))
-        return max(moved / _BYTES_PER_SECOND, kernel.flops(*inputs) / _FLOPS_PER_SECOND) + _SECONDS_PER_KERNEL
+        reductions = sum(node.op.kind is Kind.REDUCTION for node in kernel.body.nodes)
+        bandwidth = _SHARE_OF_BANDWIDTH * GPUS[target.arch].bandwidth
+        seconds = max(moved / bandwidth, kernel.flops(*inputs) / _FLOPS_PER_SECOND)
+        return seconds + SECONDS_PER_LAUNCH * (1 + reductions)
 
     def build(self, kernel: Fused, schedule: Schedule, target: Target) -> Any:
         """Give the scheduled PrimFunc over the kernel's inputs, then its outputs."""

@@ -10,7 +10,7 @@ from tvm import tirx
 
 from cnnc.backends.lower import loops
 
-__all__ = ["address", "barrier", "call", "launch"]
+__all__ = ["address", "barrier", "call", "launch", "position", "reduce_lanes"]
 
 _BLOCKS = ("blockIdx.x", "blockIdx.y", "blockIdx.z")
 
@@ -39,3 +39,32 @@ def call(name: str, *arguments: Any) -> Any:
 def barrier() -> Any:
     """Wait for all threads of the block."""
     return tirx.Evaluate(tirx.call_intrin("int32", "tirx.tvm_storage_sync", "shared"))
+
+
+def position(extents: Sequence[int], number: Any) -> list[Any]:
+    """Give the index along each axis, of a number that counts through all of them."""
+    indices: list[Any] = []
+    for extent in reversed(extents):
+        indices.insert(0, number % extent)
+        number = number // extent
+    return indices
+
+
+_ALL_LANES = 0xFFFFFFFF
+_WARP = 32
+
+
+def reduce_lanes(buffer: Any, index: Any, combine: Callable[[Any, Any], Any], lanes: int = _WARP) -> Any:
+    """Combine a register of `lanes` neighbouring threads, a power of two; each gets the same result, bit for bit.
+
+    All threads of the warp must come here.  `combine` is to be commutative.
+    """
+    steps, distance = [], lanes // 2
+    while distance:
+        own = loops.load(buffer, index)
+        other = tirx.call_extern(
+            "float32", "__shfl_xor_sync", tirx.const(_ALL_LANES, "uint32"), own, loops.const(distance)
+        )
+        steps.append(loops.store(buffer, combine(own, other), index))
+        distance //= 2
+    return loops.sequence(*steps)

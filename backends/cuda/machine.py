@@ -88,3 +88,9 @@ GPUS = {
 
 MULTIPROCESSORS = {arch: GPUS[arch].multiprocessors for arch in CUDA_ARCHS}
 """Whether there are blocks enough decides between tiles."""
+
+SECONDS_PER_LAUNCH = 2e-6
+"""What a launch takes beside its work."""
+
+NOT_HIDDEN = 0.05
+"""The share of each bound of a kernel that goes on top of the highest: they do not overlap altogether."""

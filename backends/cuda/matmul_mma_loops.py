@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm import tirx
 
-from cnnc.backends.cuda.launches import address
+from cnnc.backends.cuda.launches import address, position
 from cnnc.backends.cuda.matmul_mma import Matrix, MmaMatMul
 from cnnc.backends.cuda.mma_body import body_around
 from cnnc.backends.cuda.mma_launch import Product, product_func
@@ -25,11 +25,11 @@ def matmul_mma_func(kernel: Fused, found: MmaMatMul, tile: MmaParams) -> Any:
 
     def index(row: Any, batch: Any, column: Any) -> tuple[Any, ...]:
         if isinstance(found.node.op, Dense):
-            return (*_unflattened(row, leading), column)
-        return (*_unflattened(batch, found.batch), row, column)
+            return (*position(leading, row), column)
+        return (*position(found.batch, batch), row, column)
 
     def operand(matrix: Matrix, batch: Any) -> Operand:
-        return _operand(matrix, buffers[matrix.stored], _unflattened(batch, found.batch))
+        return _operand(matrix, buffers[matrix.stored], position(found.batch, batch))
 
     product = Product(
         body,
@@ -40,15 +40,6 @@ def matmul_mma_func(kernel: Fused, found: MmaMatMul, tile: MmaParams) -> Any:
         index,
     )
     return product_func(product, tile)
-
-
-def _unflattened(number: Any, extents: Any) -> list[Any]:
-    """Give the index along each axis, of a number that counts through all of them."""
-    position: list[Any] = []
-    for extent in reversed(extents):
-        position.insert(0, number % extent)
-        number = number // extent
-    return position
 
 
 def _operand(matrix: Matrix, x: Any, batch: list[Any]) -> Operand:

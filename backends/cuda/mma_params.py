@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from cnnc.backends.cuda.machine import GPUS, MULTIPROCESSORS
+from cnnc.backends.cuda.machine import GPUS, MULTIPROCESSORS, NOT_HIDDEN, SECONDS_PER_LAUNCH
 from cnnc.ir.types import DType
 from cnnc.target import Target
 
@@ -114,13 +114,13 @@ _LATENCY = 700
 """Cycles from the start of a block to its first product, and from the last to its end."""
 
 _SCRATCH_BYTES_PER_SECOND = 2e12
-_SECONDS_PER_KERNEL = 2e-6
 
 
 def seconds(shape: MmaShape, tile: MmaParams, target: Target) -> float:
     """Estimate a product: rounds of as many blocks as fit, each bound by tensor cores or by what it reads.
 
-    Parts of the depth cost writing and reading their sums, and a launch.
+    Nor is it done before memory has given all columns once; rows may be those of an image, which are read again from
+    near.  Parts of the depth cost writing and reading their sums, and a launch.
     """
     multiprocessors = MULTIPROCESSORS[target.arch]
     blocks = shape.blocks(tile) * tile.splits
@@ -134,10 +134,12 @@ def seconds(shape: MmaShape, tile: MmaParams, target: Target) -> float:
     read = steps * tile.depth * (tile.rows + tile.columns) * CHUNK_BYTES / _BYTES_A_CYCLE
     cycles = max(issue / busy, read) * here + _LATENCY
     rounds = math.ceil(blocks / (multiprocessors * here))
-    total = rounds * cycles / _CYCLES_A_SECOND + _SECONDS_PER_KERNEL
+    memory = shape.batches * shape.columns * shape.chunks * CHUNK_BYTES / GPUS[target.arch].bandwidth
+    bounds = rounds * cycles / _CYCLES_A_SECOND, memory
+    total = max(bounds) + NOT_HIDDEN * sum(bounds) + SECONDS_PER_LAUNCH
     if tile.splits > 1:
         moved = 2 * 4 * tile.splits * shape.batches * shape.rows * shape.columns
-        total += moved / _SCRATCH_BYTES_PER_SECOND + _SECONDS_PER_KERNEL
+        total += moved / _SCRATCH_BYTES_PER_SECOND + SECONDS_PER_LAUNCH
     return total
 
 

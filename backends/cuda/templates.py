@@ -6,10 +6,11 @@ from cnnc.backends.cuda.conv_gemm import ConvGemm
 from cnnc.backends.cuda.conv_mma import ConvMma
 from cnnc.backends.cuda.generic import Generic
 from cnnc.backends.cuda.matmul_mma import MatMulMma
+from cnnc.backends.cuda.matvec import MatVec
 from cnnc.backends.lower.template import Template
 from cnnc.errors import VerifyError
 
-TEMPLATES: tuple[Template, ...] = (ConvGemm(), ConvMma(), MatMulMma(), Generic())
+TEMPLATES: tuple[Template, ...] = (ConvGemm(), ConvMma(), MatMulMma(), MatVec(), Generic())
 
 
 def template(name: str) -> Template:

@@ -10,6 +10,7 @@ from cnnc.ir.layout import Layout
 from cnnc.ir.text import print_graph
 from cnnc.ops import Dense, Relu, graph_input
 from cnnc.passes.pack_weights import PackWeights
+from cnnc.target import Target
 from tests.passes.graphs import check, graph_of, weights
 
 
@@ -39,3 +40,11 @@ def test_a_weight_that_is_computed_stays(rng):
 def test_the_block_can_be_chosen(rng):
     done = check(PackWeights(block=4), graph_of(call(Dense(), graph_input("x", (9, 8)), weights(rng, 5, 8))), rng)
     assert weight_of(done.outputs[0]) == Layout("OI4o")
+
+
+@pytest.mark.parametrize("batches", [(9,), (1, 9)])
+def test_a_gpu_reads_plain_weights(rng, batches):
+    weight = weights(rng, 5, 8)
+    graphs = [graph_of(call(Dense(), graph_input("x", (batch, 8)), weight)) for batch in batches]
+    done = PackWeights().run_together(graphs, Target.parse("cuda:sm_90"))
+    assert [weight_of(graph.outputs[0]) for graph in done] == [None] * len(batches)
