@@ -146,17 +146,13 @@ def body_of(kernel: Fused, anchor: Node) -> Body:
 
 def body_after(kernel: Fused, anchor: Node) -> Body:
     """Give the tensor expressions of what follows the anchor, which the template computes whole, of any stages."""
-    from tvm import te
-
     from cnnc.backends.lower.body import Body
-    from cnnc.backends.lower.kernel import lower_values, placeholder
+    from cnnc.backends.lower.kernel import lower_after
 
-    inputs = {value: placeholder(value.type, f"x{i}") for i, value in enumerate(kernel.body.inputs)}
-    result = te.placeholder(anchor.types[0].physical_shape, name="anchor")
-    (output,) = kernel.body.outputs
-    final = lower_values([output], {**inputs, anchor.values[0]: result})[output]
-    operands = tuple(inputs[value] for value in anchor.inputs)
-    return Body(tuple(inputs.values()), operands, result, final, _guards_lanes_only(kernel, anchor))
+    inputs, result, final = lower_after(kernel, anchor)
+    of = dict(zip(kernel.body.inputs, inputs, strict=True))
+    operands = tuple(of[value] for value in anchor.inputs)
+    return Body(inputs, operands, result, final, _guards_lanes_only(kernel, anchor))
 
 
 def _guards_lanes_only(kernel: Fused, anchor: Node) -> bool:

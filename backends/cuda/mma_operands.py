@@ -27,11 +27,11 @@ def stored_for_mma(operand: Value, body: Graph) -> Value | None:
     return stored if fits and stored in body.inputs else None
 
 
-def follows_in_registers(kernel: Fused, kind: type[Op]) -> Node | None:
+def follows_in_registers(kernel: Fused, kind: type[Op], operands: int = 2) -> Node | None:
     """Give the one operator of a kernel that is more than elementwise, of a kind; None where there is none.
 
-    What is computed from it has its shape and layout, whatever the type; all sizes are fixed, and none is 0.  Its bias,
-    if it has one, is an input.
+    What is computed from it has its shape and layout, whatever the type; all sizes are fixed, and none is 0.  What it
+    takes beside its first `operands`, such as a bias, is an input.
     """
     body = kernel.body
     types = [type_ for node in body.nodes for type_ in node.types]
@@ -41,7 +41,7 @@ def follows_in_registers(kernel: Fused, kind: type[Op]) -> Node | None:
     if len(found) != 1 or not isinstance(found[0].op, kind):
         return None
     anchor = found[0]
-    if any(value not in body.inputs for value in anchor.inputs[2:]):
+    if any(value not in body.inputs for value in anchor.inputs[operands:]):
         return None
     after = {anchor}
     result = anchor.types[0]

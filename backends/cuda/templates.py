@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cnnc.backends.cuda.attention import AttentionTemplate
 from cnnc.backends.cuda.conv_gemm import ConvGemm
 from cnnc.backends.cuda.conv_mma import ConvMma
 from cnnc.backends.cuda.generic import Generic
@@ -10,7 +11,7 @@ from cnnc.backends.cuda.matvec import MatVec
 from cnnc.backends.lower.template import Template
 from cnnc.errors import VerifyError
 
-TEMPLATES: tuple[Template, ...] = (ConvGemm(), ConvMma(), MatMulMma(), MatVec(), Generic())
+TEMPLATES: tuple[Template, ...] = (ConvGemm(), ConvMma(), MatMulMma(), MatVec(), AttentionTemplate(), Generic())
 
 
 def template(name: str) -> Template:

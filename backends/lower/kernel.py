@@ -76,6 +76,14 @@ def lower_values(wanted: Iterable[Value], known: Mapping[Value, Any]) -> dict[Va
     return {value: tensor.raw for value, tensor in tensors.items()}
 
 
+def lower_after(fused: Fused, anchor: Node) -> tuple[tuple[Any, ...], Any, Any]:
+    """Give TE tensors for a kernel whose anchor something else computes: its inputs, the anchor's result, its output."""
+    inputs = {value: placeholder(value.type, f"x{i}") for i, value in enumerate(fused.body.inputs)}
+    result = tvm_te.placeholder(anchor.types[0].physical_shape, TVM_DTYPES[anchor.types[0].dtype], "anchor")
+    (output,) = fused.body.outputs
+    return tuple(inputs.values()), result, lower_values([output], {**inputs, anchor.values[0]: result})[output]
+
+
 def placeholder(type_: TensorType, name: str) -> Any:
     """Make a TE placeholder of a type's physical shape."""
     return tvm_te.placeholder(type_.physical_shape, TVM_DTYPES[type_.dtype], name)

@@ -1,11 +1,11 @@
-"""The tensor expressions around a product on tensor cores: its sums are the anchor, bias and followers come after."""
+"""The tensor expressions around what a template computes: its sums, or an operator whole, are the anchor."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from cnnc.backends.lower.body import Body
-from cnnc.backends.lower.kernel import lower_values, placeholder
+from cnnc.backends.lower.kernel import lower_after, lower_values, placeholder
 from cnnc.errors import VerifyError
 from cnnc.ir.graph import Node
 from cnnc.ops.fused import Fused
@@ -17,6 +17,12 @@ def body_around(kernel: Fused, anchor: Node) -> Body:
     (output,) = kernel.body.outputs
     final = lower_values([output], inputs)[output]
     return Body(tuple(inputs.values()), (), _sums(final, anchor), final)
+
+
+def body_after(kernel: Fused, anchor: Node) -> Body:
+    """Give the expressions of what follows the anchor, which the template computes whole, of any stages."""
+    inputs, result, final = lower_after(kernel, anchor)
+    return Body(inputs, (), result, final)
 
 
 def _sums(final: Any, anchor: Node) -> Any:
