@@ -197,7 +197,7 @@ _QUARTERS = 4
 _LONE_WARP = 0.3
 """Instructions a cycle of a warp that has its quarter of a multiprocessor to itself."""
 
-_OF_A_SCORE = 24
+_OF_A_SCORE = 16
 """Instructions from a sum to a share: scale, mask, maximum, exponential, total."""
 
 _OF_A_ROW = 60
@@ -205,6 +205,9 @@ _OF_A_ROW = 60
 
 _OF_A_TILE = 100
 """Those for each tile, barriers included."""
+
+_TILE_LATENCY = 1000
+"""Cycles from the loads of a tile of keys and values to the first product, which other blocks may use."""
 
 _LATENCY = 1500
 """Cycles from the start of a block to its first product, and from the last to its end."""
@@ -221,6 +224,7 @@ def seconds(shape: AttentionShape, tile: AttentionParams, target: Target) -> flo
     rounds = math.ceil(blocks / (gpu.multiprocessors * here))
     quarter = here * warps / _QUARTERS
     cycles = _instructions(shape, tile) * quarter / min(1.0, _LONE_WARP * max(1.0, quarter))
+    cycles += _TILE_LATENCY * math.ceil(shape.keys / tile.block_keys) / here
     bounds = rounds * (cycles + _LATENCY) / _CYCLES_A_SECOND, _nbytes(shape) / gpu.bandwidth
     return max(bounds) + NOT_HIDDEN * sum(bounds) + SECONDS_PER_LAUNCH
 

@@ -9,11 +9,19 @@ from tvm import tirx
 
 from cnnc.backends.cuda.attention import COLUMNS, VECTOR, AttentionParams, StoredAttention
 from cnnc.backends.cuda.bodies import body_after
+from cnnc.backends.cuda.exponential import exp_of_difference
 from cnnc.backends.cuda.launches import barrier, launch, reduce_lanes
 from cnnc.backends.cuda.operands import vector_of
 from cnnc.backends.cuda.vectors import copy_vector
-from cnnc.backends.lower import loops, vector_math
+from cnnc.backends.lower import loops
 from cnnc.ops.fused import Fused
+
+
+_LEAST = -3.4028234663852886e38
+"""The least finite number."""
+
+MOST_LOADS = 8
+"""Vectors that a thread has on their way to shared memory at once."""
 
 
 def attention_func(kernel: Fused, found: StoredAttention, tile: AttentionParams) -> Any:
@@ -101,27 +109,46 @@ class _Attention:
         width, pitch = (self.shape.values,) * 2 if which == 2 else (self.shape.features, self.shape.pitch)
         features = self.stored[which].type.static_shape[2]
         lanes = vector_of(size, dtype, op.starts[which], op.steps[which] if op.heads > 1 else 0, features)
-        numbers = loops.buffer("numbers", (lanes,), str(source.dtype), "local")
         vectors = width // lanes
+        turns = -(-rows * vectors // self.tile.threads)
+        batch = min(turns, MOST_LOADS)
+        numbers = loops.buffer("numbers", (batch, lanes), str(source.dtype), "local")
 
-        def one(turn: Any) -> Any:
+        def place_of(turn: Any) -> tuple[Any, Any, Any]:
             number = turn * self.tile.threads + self.thread
-            row, feature = number // vectors, number % vectors * lanes
-            at = (self.batch, first + row, op.starts[which] + self.head * op.steps[which] + feature)
-            place = start + row * pitch + feature
+            return number, number // vectors, number % vectors * lanes
+
+        def read(turn: Any, u: Any) -> Any:
+            # What is not there is read from the last row, or the last features, and left out below: no load waits.
+            _, row, feature = place_of(turn)
+            token = tirx.min(first + row, loops.const(extent - 1))
+            feature = feature if width == size else tirx.min(feature, loops.const(size - lanes))
+            at = (self.batch, token, op.starts[which] + self.head * op.steps[which] + feature)
+            return copy_vector(numbers, (u, 0), source, at, lanes)
+
+        def write(turn: Any, u: Any) -> Any:
+            number, row, feature = place_of(turn)
             there = tirx.all(first + row < extent, feature < size)
 
-            def put(value: Callable[[Any], Any]) -> Any:
-                return loops.unrolled(lanes, lambda lane: loops.store(self.memory, value(lane), place + lane))
+            def put(lane: Any) -> Any:
+                value = tirx.Select(there, loops.widened(numbers, u, lane), tirx.const(0.0, "float32"))
+                return loops.store(self.memory, value, start + row * pitch + feature + lane)
 
-            read = loops.sequence(
-                copy_vector(numbers, (0,), source, at, lanes), put(lambda lane: loops.widened(numbers, lane))
+            stored = loops.unrolled(lanes, put, "lane")
+            whole = rows * vectors % self.tile.threads == 0
+            return stored if whole else loops.when(number < rows * vectors, stored)
+
+        def some(turn: Any, count: int) -> Any:
+            return loops.sequence(
+                loops.unrolled(count, lambda u: read(turn + u, u), "u"),
+                loops.unrolled(count, lambda u: write(turn + u, u), "u"),
             )
-            filled = loops.when(there, read, put(lambda _: tirx.const(0.0, "float32")))
-            return filled if rows * vectors % self.tile.threads == 0 else loops.when(number < rows * vectors, filled)
 
+        done = turns // batch * batch
         return loops.sequence(
-            loops.alloc(numbers), loops.loop(-(-rows * vectors // self.tile.threads), one, "turn")
+            loops.alloc(numbers),
+            loops.loop(turns // batch, lambda n: some(n * batch, batch), "turn"),
+            some(done, turns - done) if done < turns else None,
         )
 
     # q k'
@@ -168,10 +195,9 @@ class _Attention:
             key = first + j * COLUMNS + self.column
             value = loops.load(self.scores, i, j) * tirx.const(self.op.scale, "float32")
             value = value + self._mask(i, key) if len(self.operands) > 3 else value
-            stored = loops.store(self.scores, value, i, j)
-            if self.shape.keys % self.tile.block_keys == 0:
-                return stored
-            return loops.when(key < self.shape.keys, stored, loops.store(self.scores, lowest, i, j))
+            none = loops.when(key >= self.shape.keys, loops.store(self.scores, lowest, i, j))
+            whole = self.shape.keys % self.tile.block_keys == 0
+            return loops.sequence(loops.store(self.scores, value, i, j), None if whole else none)
 
         def compare(j: Any) -> Any:
             return loops.store(self.factor, tirx.max(loops.load(self.factor, 0), loops.load(self.scores, i, j)), 0)
@@ -181,14 +207,14 @@ class _Attention:
             place = self.shares_at + self._query(i) * self.shares_pitch + j * COLUMNS + self.column
             return loops.sequence(
                 loops.store(self.scores, number - loops.load(self.factor, 0), i, j),
-                loops.store(self.scores, vector_math.exp_nonpositive(number), i, j),
+                loops.store(self.scores, exp_of_difference(number), i, j),
                 loops.store(self.total, loops.load(self.total, i) + number, i),
                 loops.store(self.memory, number, place),
             )
 
         new = loops.load(self.factor, 0)
         # Where all scores so far are -inf, their shares are 0, and no NaN.
-        finite = tirx.Select(tirx.EQ(new, lowest), tirx.const(0.0, "float32"), new)
+        finite = tirx.max(tirx.const(_LEAST, "float32"), new)
         before = loops.load(self.factor, 1)
         return loops.sequence(
             loops.unrolled(keys, finish, "j"),
@@ -196,7 +222,7 @@ class _Attention:
             loops.unrolled(keys, compare, "j"),
             reduce_lanes(self.factor, 0, tirx.max, COLUMNS),
             loops.store(self.factor, loops.load(self.largest, i) - finite, 1),
-            loops.store(self.factor, vector_math.exp_nonpositive(before), 1),
+            loops.store(self.factor, exp_of_difference(before), 1),
             loops.store(self.largest, new, i),
             loops.store(self.factor, finite, 0),
             loops.store(self.total, loops.load(self.total, i) * before, i),
@@ -207,8 +233,9 @@ class _Attention:
         )
 
     def _mask(self, i: Any, key: Any) -> Any:
-        """Give what the mask adds to a score; beyond the last query, what it adds to the last one's."""
+        """Give what the mask adds to a score; beyond the last query or key, what it adds to the last one's."""
         query = tirx.min(self.first + self._query(i), loops.const(self.shape.queries - 1))
+        key = tirx.min(key, loops.const(self.shape.keys - 1))
         shape = self.stored[3].type.static_shape
         own = zip(shape, (self.batch, self.head, query, key)[4 - len(shape) :], strict=True)
         return loops.widened(self.operands[3], *(0 if size == 1 else index for size, index in own))
