@@ -23,7 +23,7 @@ from typing import Any
 
 from cnnc.backends.cuda.machine import GPUS, NOT_HIDDEN, SECONDS_PER_LAUNCH
 from cnnc.backends.cuda.mma_operands import follows_in_registers
-from cnnc.backends.cuda.operands import LANES, stored_plain
+from cnnc.backends.cuda.operands import LANES, stored_operands
 from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.ir.graph import Node, Value
 from cnnc.ir.types import DType
@@ -104,16 +104,27 @@ class AttentionShape:
         """Count the blocks of threads."""
         return self.batch * self.op.heads * math.ceil(self.queries / tile.block_rows)
 
+    def operand_floats(self, tile: AttentionParams) -> int:
+        """Count the numbers of queries, keys and values in shared memory."""
+        return (tile.block_rows + tile.block_keys) * self.pitch + tile.block_keys * self.values
+
+    def shares(self, tile: AttentionParams) -> tuple[int, int]:
+        """Give the extents of the shares in shared memory, a vector more than there are keys to keep banks apart."""
+        return tile.block_rows, tile.block_keys + VECTOR
+
     def shared_bytes(self, tile: AttentionParams) -> int:
-        """Give the shared memory of a block: queries, keys, values, and shares."""
-        rows, keys = tile.block_rows, tile.block_keys
-        return 4 * ((rows + keys) * self.pitch + keys * self.values + rows * (keys + VECTOR))
+        """Give the shared memory of a block."""
+        return 4 * (self.operand_floats(tile) + math.prod(self.shares(tile)))
 
     def registers(self, tile: AttentionParams) -> int:
         """Estimate what a thread keeps: scores, results, what it multiplies, and addresses."""
         result = self.value_vector * self.value_vectors
         operands = max(VECTOR * (tile.rows + tile.keys), VECTOR * tile.rows + result)
-        return 40 + tile.rows * (tile.keys + result + 3) + operands
+        return 56 + tile.rows * (tile.keys + result + 3) + operands
+
+    def resident(self, tile: AttentionParams, target: Target) -> int:
+        """Give how many blocks a multiprocessor runs at once."""
+        return GPUS[target.arch].resident(tile.threads, self.registers(tile), self.shared_bytes(tile))
 
 
 @dataclass(frozen=True)
@@ -141,19 +152,16 @@ class AttentionTemplate:
         load_tvm()
         from cnnc.backends.cuda.attention_loops import attention_func
 
-        return attention_func(kernel, _matched(kernel), params_of(AttentionParams, schedule))
+        found, tile = _matched(kernel), params_of(AttentionParams, schedule)
+        return attention_func(kernel, found, tile, found.shape.resident(tile, target))
 
     def _tiles(self, kernel: Fused, target: Target) -> list[AttentionParams]:
         shape, most = _matched(kernel).shape, GPUS[target.arch].most_shared_bytes
-        return [
-            tile
-            for tile in TILES
-            if shape.registers(tile) <= _MOST_REGISTERS and shape.shared_bytes(tile) <= most
-        ]
+        return [tile for tile in TILES if shape.registers(tile) <= _MOST_REGISTERS and shape.shared_bytes(tile) <= most]
 
 
-_MOST_REGISTERS = 200
-"""Of a thread; the estimate is a low one."""
+_MOST_REGISTERS = 240
+"""Of a thread, by the estimate."""
 
 
 @dataclass(frozen=True)
@@ -169,9 +177,7 @@ class StoredAttention:
         """Its sizes."""
         q, k, v = (value.type for value in self.stored[:3])
         (batch, queries, _), (_, keys, _) = q.static_shape, k.static_shape
-        return AttentionShape(
-            self.op, batch, queries, keys, (q.dtype.itemsize, k.dtype.itemsize, v.dtype.itemsize)
-        )
+        return AttentionShape(self.op, batch, queries, keys, (q.dtype.itemsize, k.dtype.itemsize, v.dtype.itemsize))
 
 
 @lru_cache(256)
@@ -180,8 +186,8 @@ def matched(kernel: Fused) -> StoredAttention | None:
     node = follows_in_registers(kernel, Attention, operands=4)
     if node is None or not isinstance(node.op, Attention) or node.types[0].dtype is not DType.F32:
         return None
-    stored = tuple(found for value in node.inputs if (found := stored_plain(value, kernel.body)) is not None)
-    return StoredAttention(node, node.op, stored) if len(stored) == len(node.inputs) else None
+    stored = stored_operands(node, kernel.body)
+    return StoredAttention(node, node.op, stored) if stored is not None else None
 
 
 def _matched(kernel: Fused) -> StoredAttention:
@@ -217,10 +223,8 @@ def seconds(shape: AttentionShape, tile: AttentionParams, target: Target) -> flo
     """Estimate an attention: rounds of as many blocks as fit, each bound by its instructions, or what memory takes."""
     gpu = GPUS[target.arch]
     warps = math.ceil(tile.threads / LANES)
-    share, _ = gpu.occupancy(tile.threads, shape.registers(tile), shape.shared_bytes(tile))
-    resident = max(1, round(share * gpu.warps / warps))
     blocks = shape.blocks(tile)
-    here = min(resident, math.ceil(blocks / gpu.multiprocessors))
+    here = min(shape.resident(tile, target), math.ceil(blocks / gpu.multiprocessors))
     rounds = math.ceil(blocks / (gpu.multiprocessors * here))
     quarter = here * warps / _QUARTERS
     cycles = _instructions(shape, tile) * quarter / min(1.0, _LONE_WARP * max(1.0, quarter))

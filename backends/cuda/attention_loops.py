@@ -9,13 +9,13 @@ from tvm import tirx
 
 from cnnc.backends.cuda.attention import COLUMNS, VECTOR, AttentionParams, StoredAttention
 from cnnc.backends.cuda.bodies import body_after
+from cnnc.backends.cuda.codegen import RESIDENT_BLOCKS
 from cnnc.backends.cuda.exponential import exp_of_difference
 from cnnc.backends.cuda.launches import barrier, launch, reduce_lanes
 from cnnc.backends.cuda.operands import vector_of
 from cnnc.backends.cuda.vectors import copy_vector
 from cnnc.backends.lower import loops
 from cnnc.ops.fused import Fused
-
 
 _LEAST = -3.4028234663852886e38
 """The least finite number."""
@@ -24,9 +24,9 @@ MOST_LOADS = 8
 """Vectors that a thread has on their way to shared memory at once."""
 
 
-def attention_func(kernel: Fused, found: StoredAttention, tile: AttentionParams) -> Any:
-    """Give the PrimFunc over the kernel's inputs, then its output."""
-    return _Attention(kernel, found, tile).function()
+def attention_func(kernel: Fused, found: StoredAttention, tile: AttentionParams, resident: int) -> Any:
+    """Give the PrimFunc over the kernel's inputs, then its output, for so many blocks at once."""
+    return _Attention(kernel, found, tile).function().with_attr(RESIDENT_BLOCKS, resident)
 
 
 class _Attention:
@@ -42,10 +42,10 @@ class _Attention:
         shape, rows, keys = self.shape, tile.rows, tile.keys
         self.keys_at = tile.block_rows * shape.pitch
         self.values_at = self.keys_at + tile.block_keys * shape.pitch
-        self.shares_at = self.values_at + tile.block_keys * shape.values
-        self.shares_pitch = tile.block_keys + VECTOR
         self.result = shape.value_vector * shape.value_vectors
-        self.memory = loops.buffer("shared", (shape.shared_bytes(tile) // 4,), scope="shared.dyn")
+        self.memory = loops.buffer("shared", (shape.operand_floats(tile),), scope="shared.dyn")
+        # Apart, so that TVM sees that writing shares needs no barrier.
+        self.shares = loops.buffer("shares", shape.shares(tile), scope="shared")
         self.scores = loops.buffer("scores", (rows, keys), scope="local")
         self.largest = loops.buffer("largest", (rows,), scope="local")
         self.total = loops.buffer("total", (rows,), scope="local")
@@ -64,7 +64,7 @@ class _Attention:
         self.thread, self.column, self.row = thread, thread % COLUMNS, thread // COLUMNS
         self.batch, self.head = block // (blocks * heads), block // blocks % heads
         self.first = block % blocks * self.tile.block_rows
-        buffers = (self.memory, self.scores, self.largest, self.total, self.sums, self.factor, self.left, self.right)
+        registers = (self.scores, self.largest, self.total, self.sums, self.factor, self.left, self.right)
         zero, lowest = tirx.const(0.0, "float32"), tirx.const(float("-inf"), "float32")
 
         def start(i: Any) -> Any:
@@ -76,7 +76,7 @@ class _Attention:
 
         tiles = -(-self.shape.keys // self.tile.block_keys)
         return loops.sequence(
-            *(loops.alloc(buffer) for buffer in buffers),
+            *(loops.alloc(buffer) for buffer in (self.memory, self.shares, *registers)),
             self._fill(0, 0, self.first, self.shape.queries, self.tile.block_rows),
             loops.unrolled(self.tile.rows, start),
             loops.loop(tiles, lambda number: self._keys(number * self.tile.block_keys), "tile"),
@@ -204,12 +204,11 @@ class _Attention:
 
         def share(j: Any) -> Any:
             number = loops.load(self.scores, i, j)
-            place = self.shares_at + self._query(i) * self.shares_pitch + j * COLUMNS + self.column
             return loops.sequence(
                 loops.store(self.scores, number - loops.load(self.factor, 0), i, j),
                 loops.store(self.scores, exp_of_difference(number), i, j),
                 loops.store(self.total, loops.load(self.total, i) + number, i),
-                loops.store(self.memory, number, place),
+                loops.store(self.shares, number, self._query(i), j * COLUMNS + self.column),
             )
 
         new = loops.load(self.factor, 0)
@@ -246,8 +245,7 @@ class _Attention:
         rows, vector = self.tile.rows, self.shape.value_vector
 
         def read_share(i: Any, n: Any) -> Any:
-            place = self.shares_at + self._query(i) * self.shares_pitch + n * VECTOR
-            return copy_vector(self.left, (i, 0), self.memory, (place,), VECTOR)
+            return copy_vector(self.left, (i, 0), self.shares, (self._query(i), n * VECTOR), VECTOR)
 
         def read_value(c: Any, key: Any) -> Any:
             place = self.values_at + key * self.shape.values + (c * COLUMNS + self.column) * vector

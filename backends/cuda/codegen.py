@@ -6,6 +6,7 @@ over scratch memory.  Nothing of TVM is needed to compile the source or to launc
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,12 @@ MOST_THREADS = 1024
 
 MOST_BLOCKS = (2**31 - 1, 65535, 65535)
 """Blocks of a grid in each dimension."""
+
+RESIDENT_BLOCKS = "cnnc.resident_blocks"
+"""Attribute of a PrimFunc: how many of its blocks a multiprocessor is to run at once.
+
+Its threads may then use the registers that this leaves them; otherwise ptxas aims at more blocks, and spills for them.
+"""
 
 _KERNEL = 'extern "C" __global__'
 
@@ -64,7 +71,12 @@ def cuda_source(func: Any, symbol: str, target: Target, *, noalias: bool = True)
     if not launches:
         return CudaSource(symbol, "", ())
     text = str(tvm.get_global_func("target.build.cuda")(device, tvm_target(target)).inspect_source())
+    if RESIDENT_BLOCKS in func.attrs:
+        text = _BOUNDS.sub(rf"__launch_bounds__(\1, {int(func.attrs[RESIDENT_BLOCKS])})", text)
     return CudaSource(symbol, _with_own_prelude(text), launches, scratch_bytes)
+
+
+_BOUNDS = re.compile(r"__launch_bounds__\((\d+)\)")
 
 
 def tvm_target(target: Target) -> Any:

@@ -7,9 +7,9 @@ from typing import Any
 
 from tvm import tirx
 
+from cnnc.backends.cuda.bodies import body_around
 from cnnc.backends.cuda.conv_mma import MmaConv, shape_of
 from cnnc.backends.cuda.launches import address
-from cnnc.backends.cuda.bodies import body_around
 from cnnc.backends.cuda.mma_launch import Product, product_func
 from cnnc.backends.cuda.mma_params import MmaParams, MmaShape
 from cnnc.backends.cuda.mma_tile import Operand

@@ -73,6 +73,11 @@ class Gpu:
         limit = min(limits, key=lambda name: limits[name])
         return limits[limit] * warps / self.warps, limit
 
+    def resident(self, threads: int, registers: int, shared_bytes: int) -> int:
+        """Give how many such blocks a multiprocessor runs at once; 1 for those too large for any."""
+        share, _ = self.occupancy(threads, registers, shared_bytes)
+        return max(1, round(share * self.warps / _ceil(threads, _WARP)))
+
 
 def _ceil(number: int, unit: int) -> int:
     return -(-number // unit)

@@ -7,9 +7,9 @@ from typing import Any
 
 from tvm import tirx
 
+from cnnc.backends.cuda.bodies import body_around
 from cnnc.backends.cuda.launches import address, position
 from cnnc.backends.cuda.matmul_mma import Matrix, MmaMatMul
-from cnnc.backends.cuda.bodies import body_around
 from cnnc.backends.cuda.mma_launch import Product, product_func
 from cnnc.backends.cuda.mma_params import MmaParams
 from cnnc.backends.cuda.mma_tile import Operand, Order

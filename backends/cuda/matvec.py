@@ -7,8 +7,9 @@ each of its rows of weights, for `unroll` steps at once, so that enough bytes ar
 what of x goes with them is read once for all outputs.  Where there are few outputs, `splits` warps share the terms of
 each.  Lanes add up by shuffles, warps through shared memory, always in the same order.
 
-Products with a constant matrix are such layers, too (see `passes/rules/algebra.py`).  Sums are f32, weights and x f32 or
-stored in 16 bits.  Little, "A proof for the queuing formula L = lambda W", 1961, says how many bytes must be under way.
+Products with a constant matrix are such layers, too (see `passes/rules/algebra.py`).  Sums are f32, weights and x f32
+or stored in 16 bits.  Little, "A proof for the queuing formula L = lambda W", 1961, says how many bytes must be under
+way.
 """
 
 from __future__ import annotations
@@ -77,7 +78,11 @@ class MatVecShape:
     def registers(self, tile: MatVecParams) -> int:
         """Estimate what a thread keeps: weights on their way, what of x goes with a step, sums, addresses."""
         weights, numbers = (math.ceil(self.lanes * size / 4) for size in (self.weight_bytes, self.x_bytes))
-        return 36 + tile.outputs * (tile.unroll * weights + self.rows) + self.rows * numbers
+        return 60 + tile.outputs * (tile.unroll * weights + self.rows) + self.rows * numbers
+
+    def resident(self, tile: MatVecParams, target: Target) -> int:
+        """Give how many blocks a multiprocessor runs at once."""
+        return GPUS[target.arch].resident(tile.threads, self.registers(tile), 0)
 
 
 TILES = tuple(
@@ -122,7 +127,8 @@ class MatVec:
         load_tvm()
         from cnnc.backends.cuda.matvec_loops import matvec_func
 
-        return matvec_func(kernel, _matched(kernel), params_of(MatVecParams, schedule))
+        layer, tile = _matched(kernel), params_of(MatVecParams, schedule)
+        return matvec_func(kernel, layer, tile, layer.shape.resident(tile, target))
 
 
 @dataclass(frozen=True)
@@ -181,11 +187,9 @@ def seconds(shape: MatVecShape, tile: MatVecParams, target: Target) -> float:
     """
     gpu = GPUS[target.arch]
     memory = shape.nbytes / gpu.bandwidth
-    share, _ = gpu.occupancy(tile.threads, shape.registers(tile), 0)
-    resident = max(1, round(share * gpu.warps / tile.warps))
     blocks = math.ceil(shape.blocks(tile) / gpu.multiprocessors)
     under_way = (
-        min(resident, blocks)
+        min(shape.resident(tile, target), blocks)
         * tile.threads
         * tile.unroll
         * tile.outputs

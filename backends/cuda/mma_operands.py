@@ -27,8 +27,8 @@ def stored_for_mma(operand: Value, body: Graph) -> Value | None:
     return stored if fits and stored in body.inputs else None
 
 
-def follows_in_registers(kernel: Fused, kind: type[Op], operands: int = 2) -> Node | None:
-    """Give the one operator of a kernel that is more than elementwise, of a kind; None where there is none.
+def follows_in_registers(kernel: Fused, kind: type[Op] | tuple[type[Op], ...], operands: int = 2) -> Node | None:
+    """Give the one operator of a kernel that is more than elementwise, of one of the kinds; None where there is none.
 
     What is computed from it has its shape and layout, whatever the type; all sizes are fixed, and none is 0.  What it
     takes beside its first `operands`, such as a bias, is an input.

@@ -145,6 +145,4 @@ def seconds(shape: MmaShape, tile: MmaParams, target: Target) -> float:
 
 def resident(tile: MmaParams, target: Target) -> int:
     """Give how many blocks a multiprocessor runs at once, by shared memory and by registers."""
-    gpu = GPUS[target.arch]
-    share, _ = gpu.occupancy(tile.threads, min(255, tile.sums + 64), tile.shared_bytes)
-    return max(1, round(share * gpu.warps / (tile.threads // LANES)))
+    return GPUS[target.arch].resident(tile.threads, min(255, tile.sums + 64), tile.shared_bytes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cnnc.ir.graph import Graph, Value
+from cnnc.ir.graph import Graph, Node, Value
 from cnnc.ir.types import DType
 from cnnc.ops.cast import Cast
 
@@ -21,7 +21,13 @@ def stored_plain(operand: Value, body: Graph) -> Value | None:
     return stored if fits else None
 
 
+def stored_operands(node: Node, body: Graph) -> tuple[Value, ...] | None:
+    """Give where all that a node takes is stored; None where some of it is computed."""
+    stored = tuple(found for value in node.inputs if (found := stored_plain(value, body)) is not None)
+    return stored if len(stored) == len(node.inputs) else None
+
+
 def vector_of(extent: int, dtype: DType, *places: int) -> int:
-    """Give how many numbers are read at once: 16 bytes, or two numbers, that divide a row's extent and all its places."""
+    """Give how many numbers are read at once: of 16 bytes, two, or one, what divides a row's extent and places."""
     whole = CHUNK_BYTES // dtype.itemsize
     return next(lanes for lanes in (whole, 2, 1) if not any(number % lanes for number in (extent, *places)))

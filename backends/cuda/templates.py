@@ -8,10 +8,11 @@ from cnnc.backends.cuda.conv_mma import ConvMma
 from cnnc.backends.cuda.generic import Generic
 from cnnc.backends.cuda.matmul_mma import MatMulMma
 from cnnc.backends.cuda.matvec import MatVec
+from cnnc.backends.cuda.rows import Rows
 from cnnc.backends.lower.template import Template
 from cnnc.errors import VerifyError
 
-TEMPLATES: tuple[Template, ...] = (ConvGemm(), ConvMma(), MatMulMma(), MatVec(), AttentionTemplate(), Generic())
+TEMPLATES: tuple[Template, ...] = (ConvGemm(), ConvMma(), MatMulMma(), MatVec(), AttentionTemplate(), Rows(), Generic())
 
 
 def template(name: str) -> Template:

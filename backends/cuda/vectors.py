@@ -14,7 +14,9 @@ __all__ = ["copy_vector"]
 def copy_vector(target: Any, to: Sequence[Any], source: Any, at: Sequence[Any], lanes: int) -> Any:
     """Copy `lanes` numbers of one type that begin at a multiple of as many, 16 bytes at a time where they are more."""
     (*outer, last), (*front, start) = to, at
-    piece = min(lanes, CHUNK_BYTES * 8 // _bits(source))
+    whole = CHUNK_BYTES * 8 // _bits(source)
+    # CUDA has no vector of four numbers of 16 bits.
+    piece = next(numbers for numbers in (whole, 2, 1) if lanes % numbers == 0)
 
     def one(p: Any) -> Any:
         def number(lane: Any) -> Any:

@@ -77,7 +77,7 @@ def lower_values(wanted: Iterable[Value], known: Mapping[Value, Any]) -> dict[Va
 
 
 def lower_after(fused: Fused, anchor: Node) -> tuple[tuple[Any, ...], Any, Any]:
-    """Give TE tensors for a kernel whose anchor something else computes: its inputs, the anchor's result, its output."""
+    """Give TE tensors for a kernel whose anchor something else computes: inputs, the anchor's result, the output."""
     inputs = {value: placeholder(value.type, f"x{i}") for i, value in enumerate(fused.body.inputs)}
     result = tvm_te.placeholder(anchor.types[0].physical_shape, TVM_DTYPES[anchor.types[0].dtype], "anchor")
     (output,) = fused.body.outputs

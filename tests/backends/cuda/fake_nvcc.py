@@ -14,7 +14,7 @@ from pathlib import Path
 HEADERS = Path(__file__).parent / "emulation"
 FLAGS = ("-std=c++17", "-O0", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-Wno-address")
 
-_FUNCTION = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\([^)]*\) \{')
+_FUNCTION = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([\d, ]+\) )?(\w+)\([^)]*\) \{')
 _DYNAMIC = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")
 _IN_DYNAMIC = r"\1 *\2 = reinterpret_cast<\1 *>(cnnc_emulation::machine.dynamic_shared.data());"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,3 +103,112 @@ def test_tiles_compute_every_case(tmp_path: Path) -> None:
         check(emulator, source, fused, rng)
         assert len(source.launches) == 1
         assert source.scratch_bytes == 0
+
+
+@needs_gxx
+def test_infinite_and_missing_numbers(tmp_path: Path) -> None:
+    """Rows that a mask leaves nothing of are NaN, as are those with NaN; what is left out in a tile adds nothing."""
+    case: Case = (apart(1, 4, 3), 1, 6, 70, (6, 70), F32)
+    fused = kernel(case)
+    source = source_of(fused, AttentionParams(2, 2, 4), "infinite")
+    rng = np.random.default_rng(5)
+    arrays = [rng.standard_normal(v.type.static_shape, np.float32) for v in fused.body.inputs]
+    q, k, _, mask, _ = arrays
+    mask[0] = -np.inf
+    mask[1, :65] = -np.inf
+    mask[2, 3] = np.inf
+    mask[3, 69] = np.nan
+    mask[4] = -1e30
+    q[0, 5] *= 1e4
+    k[0, 66] *= 1e4
+    with np.errstate(invalid="ignore"):
+        (wanted,) = fused.reference(*(array.astype(np.float64) for array in arrays))
+    assert np.isnan(wanted).all(axis=(0, 2)).tolist() == [True, False, True, True, False, False]
+    emulator = Emulator([source], tmp_path)
+    for order in ORDERS:
+        (result,) = emulator.run_fused(source, fused, arrays, order)
+        np.testing.assert_allclose(result, wanted, rtol=1e-4, atol=1e-4)
+
+
+@needs_gxx
+def test_missing_barriers_would_show(tmp_path: Path) -> None:
+    """Before a tile is overwritten, before it is read, and before shares are; there are no others."""
+    fused = kernel((joined(1, 8), 1, 70, 70, None, F32))
+    source = source_of(fused, AttentionParams(1, 2, 8), "unsafe")
+    parts = source.text.split("__syncthreads();")
+    assert len(parts) == 4
+    unsafe = []
+    for gone in range(3):
+        pieces = [piece + ("" if i in (gone, 3) else "__syncthreads();") for i, piece in enumerate(parts)]
+        text, name = "".join(pieces), f"unsafe{gone}"
+        launches = tuple(replace(launch, function=f"{name}_kernel") for launch in source.launches)
+        unsafe.append(
+            replace(source, symbol=name, text=text.replace("unsafe_kernel", f"{name}_kernel"), launches=launches)
+        )
+    emulator = Emulator([source, *unsafe], tmp_path)
+    check(emulator, source, fused, np.random.default_rng(1))
+    for one in unsafe:
+        with pytest.raises(AssertionError):
+            check(emulator, one, fused, np.random.default_rng(1))
+
+
+def test_leaves_to_others() -> None:
+    """Types that are not computed in f32, heads too large for shared memory, CPUs."""
+    assert not TEMPLATE.matches(kernel(CASES[0]), Target.parse("cpu:x86-64-v3"))
+    for dtype in (DType.F64, F16):
+        q = call(Input("q", TensorType((1, 3, 8), dtype)))
+        narrow = Fused(Graph("kernel", (q,), (call(apart(1, 8, 8), q, q, q),)), "attention")
+        assert not TEMPLATE.matches(narrow, TARGET)
+    large = kernel((apart(1, 1024, 1024), 1, 4, 4, None, F32))
+    assert not TEMPLATE.matches(large, TARGET)
+    assert cheapest(large, TEMPLATES, TARGET).template == "generic"
+
+
+@pytest.mark.parametrize("arch", CUDA_ARCHS)
+def test_few_queries_are_spread_over_many_blocks(arch: str) -> None:
+    target = Target.parse(f"cuda:{arch}")
+    sizes = [(joined(3, 64), 1, 197), (joined(12, 64), 1, 50), (joined(12, 64), 32, 197), (joined(8, 40), 2, 4096)]
+    kernels = [kernel((op, batch, tokens, tokens, None, dtype)) for op, batch, tokens in sizes for dtype in (F32, F16)]
+    chosen = [cheapest(fused, TEMPLATES, target) for fused in kernels]
+    assert {schedule.template for schedule in chosen} == {TEMPLATE.name}
+    rows = [schedule["rows"] * schedule["high"] for schedule in chosen]
+    assert max(rows[:4]) < min(rows[6:])
+
+
+def test_costs_are_no_less_than_arithmetic_takes() -> None:
+    """Two multiply-adds for each feature of a score; tiles of odd sizes compute more."""
+    fused = kernel((joined(16, 64), 16, 1024, 1024, None, F32))
+    least = 4 * 16 * 16 * 1024 * 1024 * 64 / 66.9e12
+    costs = [TEMPLATE.cost(fused, schedule, TARGET) for schedule in TEMPLATE.space(fused, TARGET)]
+    assert least < min(costs) < 4 * least
+
+
+HOT = [(tile, "sm_90") for tile in (AttentionParams(2, 4, 4), AttentionParams(8, 4, 8))]
+HOT += [(AttentionParams(1, 2, 16), "sm_80"), (AttentionParams(4, 4, 8), "sm_80")]
+
+
+@needs_nvcc
+@pytest.mark.parametrize(("tile", "arch"), HOT)
+def test_tiles_stay_in_registers(tile: AttentionParams, arch: str) -> None:
+    target = Target.parse(f"cuda:{arch}")
+    fused = kernel((joined(3, 64), 1, 197, 197, None, F16 if arch == "sm_80" else F32))
+    found = matched(fused)
+    assert found is not None
+    (usage,) = compile_fatbin(source_of(fused, tile, "hot", target), target).usage
+    assert (usage.stack_bytes, usage.spill_bytes) == (0, 0)
+    assert found.shape.resident(tile, target) * tile.threads * usage.registers <= 1 << 16
+
+
+@needs_nvcc
+@needs_disassembler
+def test_instructions(tmp_path: Path) -> None:
+    """Vectors of 16 bytes from memory, and to and from shared memory, but for shares and the residual."""
+    tile = AttentionParams(4, 4, 8)
+    fused = kernel((joined(3, 64), 1, 192, 192, None, F32))
+    count = instructions(source_of(fused, tile, "hot"), TARGET, tmp_path)
+    assert count("LDS") == count(r"LDS\.128") > 0
+    assert count(r"LDG\.E\.128") == count(r"STS\.128") == 20
+    assert count("STS") - count(r"STS\.128") == tile.rows * tile.keys
+    assert count("SHFL") == tile.rows * 4 * 2
+    assert count("MUFU.EX2") == tile.rows * (tile.keys + 1)
+    assert count("LDL") == count("STL") == 0

@@ -1,4 +1,4 @@
-"""Layers of a few rows: every kind of tile on odd shapes, in the types weights are stored in; what is left to others."""
+"""Layers of a few rows: every kind of tile on odd shapes, in the types of weights; what is left to others."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def test_a_missing_barrier_would_show(tmp_path: Path) -> None:
     fused = kernel(*CASES[0])
     source = source_of(fused, MatVecParams(2, 2, 4, 8), "unsafe")
     before, after = source.text.split("__syncthreads();")
+    unsafe = replace(source, text=before + after)
     with pytest.raises(AssertionError):
-        unsafe = replace(source, text=before + after)
         check(Emulator([unsafe], tmp_path), unsafe, fused, np.random.default_rng(1))
 
 
@@ -128,7 +128,7 @@ def test_large_layers_of_one_row_are_its_own(arch: str) -> None:
         names = {TEMPLATE.name} if dtype is F32 else {TEMPLATE.name, "matmul_mma"}
         assert {schedule.template for schedule in schedules} <= names
         own = [cheapest(fused, [TEMPLATE], target) for fused in kernels]
-        assert own[0]["splits"] < own[2]["splits"]
+        assert own[0]["splits"] <= own[2]["splits"]
     many = kernel(((8, 25088), (4096, 25088), True, relu), F16, F16)
     assert cheapest(many, TEMPLATES, Target.parse("cuda:sm_80")).template == "matmul_mma"
 
@@ -158,7 +158,7 @@ def test_tiles_stay_in_registers(case: Case, dtype: DType, tile: MatVecParams, a
     assert found is not None
     (usage,) = compile_fatbin(source_of(fused, tile, "hot", target), target).usage
     assert (usage.stack_bytes, usage.spill_bytes) == (0, 0)
-    assert usage.registers <= found.shape.registers(tile) + 8
+    assert found.shape.resident(tile, target) * tile.threads * usage.registers <= 1 << 16
 
 
 @needs_nvcc
