@@ -17,6 +17,9 @@ _SHARE_OF_BANDWIDTH = 0.5
 _FLOPS_PER_SECOND = 1e12
 """What it computes when every operand comes from memory or a cache."""
 
+_REDUCTIONS = {"attention": 4, "softmax": 2, "log_softmax": 2, "layer_norm": 2}
+"""Stages that reduce, of operators that have several."""
+
 
 @dataclass(frozen=True)
 class Generic:
@@ -35,14 +38,15 @@ class Generic:
     def cost(self, kernel: Fused, schedule: Schedule, target: Target) -> float:
         """Estimate seconds from the memory moved and the arithmetic, by whichever takes longer.
 
-        A reduction is taken to have a launch of its own.
+        A stage that reduces is taken to have a launch of its own.
         """
         inputs = [value.type for value in kernel.body.inputs]
         moved = sum(type_.nbytes for type_ in (*inputs, *(value.type for value in kernel.body.outputs)))
-        reductions = sum(node.op.kind is Kind.REDUCTION for node in kernel.body.nodes)
+        reducing = [node.op.name for node in kernel.body.nodes if node.op.kind is Kind.REDUCTION]
+        stages = sum(_REDUCTIONS.get(name, 1) for name in reducing)
         bandwidth = _SHARE_OF_BANDWIDTH * GPUS[target.arch].bandwidth
         seconds = max(moved / bandwidth, kernel.flops(*inputs) / _FLOPS_PER_SECOND)
-        return seconds + SECONDS_PER_LAUNCH * (1 + reductions)
+        return seconds + SECONDS_PER_LAUNCH * (1 + stages)
 
     def build(self, kernel: Fused, schedule: Schedule, target: Target) -> Any:
         """Give the scheduled PrimFunc over the kernel's inputs, then its outputs."""

@@ -78,8 +78,11 @@ def build(graph: Graph, folder: Path, target: str = "cuda:sm_90", dtype: str = "
 
 
 def check_network(net: Network, gpu: FakeGpu, folder: Path, dtype: str = "f32", bound: float = 1e-5) -> None:
+    check_graph(net.graph(), gpu, folder, dtype, bound)
+
+
+def check_graph(graph: Graph, gpu: FakeGpu, folder: Path, dtype: str = "f32", bound: float = 1e-5) -> None:
     """Run in several orders of threads; all must agree with the interpreter, and with each other bit for bit."""
-    graph = net.graph()
     library, feeds = build(graph, folder, dtype=dtype), feeds_of(graph, 3)
     wanted = evaluate(graph, feeds, precise=True)
     first: dict[str, np.ndarray] = {}
