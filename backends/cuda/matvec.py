@@ -76,9 +76,9 @@ class MatVecShape:
         return math.ceil(self.outputs / tile.block_outputs)
 
     def registers(self, tile: MatVecParams) -> int:
-        """Estimate what a thread keeps: weights on their way, what of x goes with a step, sums, addresses."""
+        """Estimate what a thread keeps: the weights of a step, what of x goes with them, sums, addresses."""
         weights, numbers = (math.ceil(self.lanes * size / 4) for size in (self.weight_bytes, self.x_bytes))
-        return 60 + tile.outputs * (tile.unroll * weights + self.rows) + self.rows * numbers
+        return 44 + tile.outputs * (weights + self.rows) + self.rows * numbers
 
     def resident(self, tile: MatVecParams, target: Target) -> int:
         """Give how many blocks a multiprocessor runs at once."""
@@ -127,8 +127,7 @@ class MatVec:
         load_tvm()
         from cnnc.backends.cuda.matvec_loops import matvec_func
 
-        layer, tile = _matched(kernel), params_of(MatVecParams, schedule)
-        return matvec_func(kernel, layer, tile, layer.shape.resident(tile, target))
+        return matvec_func(kernel, _matched(kernel), params_of(MatVecParams, schedule))
 
 
 @dataclass(frozen=True)
@@ -171,6 +170,9 @@ def _matched(kernel: Fused) -> Layer:
 _LATENCY = 8e-7
 """Seconds from a load to its data, where memory is busy."""
 
+_LOADS = 4
+"""Loads that a thread has under way at most: ptxas puts others off, to keep registers for more threads."""
+
 _CYCLES_A_SECOND = 1.4e9
 _L2_BYTES_A_CYCLE = 32
 _L1_BYTES_A_CYCLE = 64
@@ -191,8 +193,7 @@ def seconds(shape: MatVecShape, tile: MatVecParams, target: Target) -> float:
     under_way = (
         min(shape.resident(tile, target), blocks)
         * tile.threads
-        * tile.unroll
-        * tile.outputs
+        * min(tile.unroll * tile.outputs, _LOADS)
         * min(CHUNK_BYTES, shape.lanes * shape.weight_bytes)
     )
     weights = blocks * tile.block_outputs * shape.depth

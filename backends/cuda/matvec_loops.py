@@ -7,7 +7,6 @@ from typing import Any
 from tvm import tirx
 
 from cnnc.backends.cuda.bodies import body_around
-from cnnc.backends.cuda.codegen import RESIDENT_BLOCKS
 from cnnc.backends.cuda.launches import barrier, launch, position, reduce_lanes
 from cnnc.backends.cuda.matvec import Layer, MatVecParams
 from cnnc.backends.cuda.operands import LANES
@@ -16,9 +15,9 @@ from cnnc.backends.lower import loops
 from cnnc.ops.fused import Fused
 
 
-def matvec_func(kernel: Fused, layer: Layer, tile: MatVecParams, resident: int) -> Any:
-    """Give the PrimFunc over the kernel's inputs, then its output, for so many blocks at once."""
-    return _MatVec(kernel, layer, tile).function().with_attr(RESIDENT_BLOCKS, resident)
+def matvec_func(kernel: Fused, layer: Layer, tile: MatVecParams) -> Any:
+    """Give the PrimFunc over the kernel's inputs, then its output."""
+    return _MatVec(kernel, layer, tile).function()
 
 
 class _MatVec:

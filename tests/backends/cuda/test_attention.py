@@ -183,12 +183,16 @@ def test_costs_are_no_less_than_arithmetic_takes() -> None:
     assert least < min(costs) < 4 * least
 
 
-HOT = [(tile, "sm_90") for tile in (AttentionParams(2, 4, 4), AttentionParams(8, 4, 8))]
-HOT += [(AttentionParams(1, 2, 16), "sm_80"), (AttentionParams(4, 4, 8), "sm_80")]
-
-
 @needs_nvcc
-@pytest.mark.parametrize(("tile", "arch"), HOT)
+@pytest.mark.parametrize(
+    ("tile", "arch"),
+    [
+        (AttentionParams(2, 4, 4), "sm_90"),
+        (AttentionParams(4, 4, 8), "sm_80"),
+        pytest.param(AttentionParams(8, 4, 8), "sm_90", marks=pytest.mark.slow),
+        pytest.param(AttentionParams(1, 2, 16), "sm_80", marks=pytest.mark.slow),
+    ],
+)
 def test_tiles_stay_in_registers(tile: AttentionParams, arch: str) -> None:
     target = Target.parse(f"cuda:{arch}")
     fused = kernel((joined(3, 64), 1, 197, 197, None, F16 if arch == "sm_80" else F32))

@@ -50,7 +50,7 @@ def matrix(rng: np.random.Generator, outputs: int, inputs: int) -> Value:
     return constant((rng.standard_normal((outputs, inputs)) * inputs**-0.5).astype(np.float32))
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("f32", 1e-5), ("f16", 2e-3)])
+@pytest.mark.parametrize(("dtype", "bound"), [("f32", 1e-5), pytest.param("f16", 2e-3, marks=pytest.mark.slow)])
 def test_every_layer_has_a_template_of_its_own(dtype: str, bound: float, fake_gpu: FakeGpu, tmp_path: Path) -> None:
     graph = vit(2)
     module = cnnc.compile(graph, target="cuda:sm_90", dtype=dtype)
