@@ -126,15 +126,16 @@ def test_a_tiled_convolution(fake_gpu: FakeGpu, tmp_path: Path) -> None:
 # One small model for what is not about numbers
 
 
-def softmax_of_rows() -> Graph:
+def softmax_of_columns() -> Graph:
+    """Give what takes three launches: only along the last axis is it one."""
     x, y = call(Input("x", TensorType((4, 9)))), call(Input("y", TensorType((4, 9))))
     scale = constant(np.linspace(-1, 2, 9, dtype=np.float32))
-    return Graph("rows", (x, y), (call(Softmax(1), call(Mul(), call(Add(), x, y), scale)),), ("z",))
+    return Graph("rows", (x, y), (call(Softmax(0), call(Mul(), call(Add(), x, y), scale)),), ("z",))
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory, emulating_nvcc: None) -> Path:
-    return build(softmax_of_rows(), tmp_path_factory.mktemp("rows"))
+    return build(softmax_of_columns(), tmp_path_factory.mktemp("rows"))
 
 
 PROGRAM = r"""
@@ -195,7 +196,7 @@ int main(int count, char **arguments) {
 @pytest.fixture(scope="module")
 def user(rows: Path) -> Path:
     """A C program that uses the artifact, and nothing else."""
-    module = cnnc.compile(softmax_of_rows(), target="cuda:sm_90", name="net")
+    module = cnnc.compile(softmax_of_columns(), target="cuda:sm_90", name="net")
     module.save(rows.parent / "net.so")
     (rows.parent / "user.c").write_text(PROGRAM)
     command = ["cc", "-Wall", "-Werror", "user.c", "net.so", "-Wl,-rpath,$ORIGIN", "-o", "user"]
@@ -213,7 +214,7 @@ def test_a_c_program_uses_it(user: Path, fake_gpu: FakeGpu) -> None:
 
 
 def test_an_object_becomes_part_of_a_program(fake_gpu: FakeGpu, tmp_path: Path) -> None:
-    module = cnnc.compile(softmax_of_rows(), target="cuda:sm_90", name="net")
+    module = cnnc.compile(softmax_of_columns(), target="cuda:sm_90", name="net")
     module.save(tmp_path / "net.o", emit=["obj", "header"])
     (tmp_path / "user.c").write_text(PROGRAM)
     command = ["cc", "-Wall", "-Werror", "user.c", "net.o", "-lm", "-lpthread", "-ldl", "-o", "user"]
@@ -256,7 +257,7 @@ def test_what_can_be_missing(user: Path, fake_gpu: FakeGpu, options: str, messag
 
 
 def test_a_newer_gpu_of_the_generation_will_do(fake_gpu: FakeGpu, tmp_path: Path) -> None:
-    graph = softmax_of_rows()
+    graph = softmax_of_columns()
     library, feeds = build(graph, tmp_path, "cuda:sm_86"), feeds_of(graph, 8)
     results, _ = fake_gpu.run(library, feeds, "capability=89")
     np.testing.assert_allclose(results["z"], evaluate(graph, feeds)["z"], rtol=1e-5)
@@ -266,7 +267,7 @@ def test_a_newer_gpu_of_the_generation_will_do(fake_gpu: FakeGpu, tmp_path: Path
 def test_a_gpu_of_a_newer_generation_compiles_the_ptx(
     arch: str, capability: int, fake_gpu: FakeGpu, tmp_path: Path
 ) -> None:
-    graph = softmax_of_rows()
+    graph = softmax_of_columns()
     library, feeds = build(graph, tmp_path, f"cuda:{arch}"), feeds_of(graph, 8)
     results, _ = fake_gpu.run(library, feeds, f"capability={capability}")
     np.testing.assert_allclose(results["z"], evaluate(graph, feeds)["z"], rtol=1e-5)
@@ -274,12 +275,12 @@ def test_a_gpu_of_a_newer_generation_compiles_the_ptx(
 
 
 def test_without_ptx_a_newer_gpu_is_refused(fake_gpu: FakeGpu, tmp_path: Path) -> None:
-    made = cnnc.compile(softmax_of_rows(), target="cuda:sm_90").build
+    made = cnnc.compile(softmax_of_columns(), target="cuda:sm_90").build
     assert made.program.device is not None
     program = replace(made.program, device=replace(made.program.device, portable=False))
     build_shared(program, (), tmp_path / "net.so")
     with pytest.raises(AssertionError, match="CheckFailed: rows: the model was compiled for another GPU"):
-        fake_gpu.run(tmp_path / "net.so", feeds_of(softmax_of_rows(), 1), "capability=100")
+        fake_gpu.run(tmp_path / "net.so", feeds_of(softmax_of_columns(), 1), "capability=100")
     assert "newer" not in emit_header(program)
 
 
@@ -324,7 +325,7 @@ def test_needs_no_library_but_libc(rows: Path) -> None:
 
 
 def test_a_program_of_it_runs(fake_gpu: FakeGpu, tmp_path: Path) -> None:
-    graph = softmax_of_rows()
+    graph = softmax_of_columns()
     feeds = feeds_of(graph, 2)
     for name, array in feeds.items():
         np.save(tmp_path / f"{name}.npy", array)
@@ -351,6 +352,6 @@ def test_a_model_in_this_process_meets_the_missing_driver() -> None:
         pytest.skip("this machine has CUDA's driver")
     except OSError:
         pass
-    module = cnnc.compile(softmax_of_rows(), target="cuda:sm_90")
+    module = cnnc.compile(softmax_of_columns(), target="cuda:sm_90")
     with pytest.raises(EnvironmentProblem, match="rows: no CUDA driver"):
-        module.run(feeds_of(softmax_of_rows(), 1))
+        module.run(feeds_of(softmax_of_columns(), 1))
