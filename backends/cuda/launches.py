@@ -55,7 +55,7 @@ _WARP = 32
 
 
 def reduce_lanes(buffer: Any, index: Any, combine: Callable[[Any, Any], Any], lanes: int = _WARP) -> Any:
-    """Combine a register of `lanes` neighbouring threads, a power of two; each gets the same result, bit for bit.
+    """Combine a register of `lanes` neighbouring threads, a power of two; all get the same, but for NaN among maxima.
 
     All threads of the warp must come here.  `combine` is to be commutative.
     """
