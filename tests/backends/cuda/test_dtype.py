@@ -58,7 +58,7 @@ def test_layers_on_tensor_cores(dtype: str, fake_gpu: FakeGpu, tmp_path: Path) -
     module = cnnc.compile(net, target="cuda:sm_90", dtype=dtype)
     assert module.build is not None
     convolutions = [call for call in module.build.program.calls if call.algorithm == "conv_mma"]
-    assert [call.layers[0].partition(" ")[0] for call in convolutions] == ["conv1", "conv2"]
+    assert [call.layers[0].partition(" ")[0] for call in convolutions] == ["conv1", "conv2", "conv3"]
     assert any("splits=1)" not in call.schedule for call in convolutions)
     check_network(net, fake_gpu, tmp_path, dtype, BOUND[dtype])
 
