@@ -33,10 +33,11 @@ CPUS: dict[str, tuple[str, ...]] = {
 }
 """The CPUs code can be made for, by LLVM name, each with the features its code may use."""
 
-CUDA_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90")
+CUDA_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a")
 """The CUDA architectures code can be made for, in order.
 
-A GPU also runs machine code for a lower one of the same first digit, and PTX, which its driver compiles, for any lower.
+A GPU also runs machine code for a lower one of the same first digit, and PTX, which its driver compiles, for any lower;
+but what is made for `sm_90a`, with what no later one has, runs on 9.0 alone.
 """
 
 _FLAG_OF_FEATURE = {

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cnnc.backends.cuda import tensor_cores
+from cnnc.backends.cuda import tensor_cores, wgmma
 from cnnc.backends.load_tvm import load_tvm
 from cnnc.errors import VerifyError
 from cnnc.target import Target
@@ -187,4 +187,5 @@ def _with_own_prelude(text: str) -> str:
         if word in functions
     ]
     asynchronous = tensor_cores.SOURCE if tensor_cores.PREFIX in functions else ""
-    return _PRELUDE + "".join(includes) + asynchronous + functions
+    warpgroups = wgmma.source(functions) if wgmma.PREFIX in functions else ""
+    return _PRELUDE + "".join(includes) + asynchronous + warpgroups + functions

@@ -11,12 +11,12 @@ from cnnc.backends.cuda.bodies import body_around
 from cnnc.backends.cuda.conv_mma import MmaConv, shape_of
 from cnnc.backends.cuda.launches import address
 from cnnc.backends.cuda.mma_launch import Product, product_func
-from cnnc.backends.cuda.mma_params import MmaParams, MmaShape
-from cnnc.backends.cuda.mma_tile import Operand
+from cnnc.backends.cuda.mma_params import BlockTile, MmaShape
+from cnnc.backends.cuda.mma_ring import Operand
 from cnnc.ops.fused import Fused
 
 
-def conv_mma_func(kernel: Fused, found: MmaConv, tile: MmaParams) -> Any:
+def conv_mma_func(kernel: Fused, found: MmaConv, tile: BlockTile) -> Any:
     """Give the PrimFunc over the kernel's inputs, then its output."""
     body = body_around(kernel, found.node).bind(found.node.types[0].physical_shape)
     buffers = dict(zip(kernel.body.inputs, body.inputs, strict=True))

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from cnnc.backends.cuda.mma_operands import follows_in_registers, stored_for_mma
-from cnnc.backends.cuda.mma_params import CHUNK_BYTES, MmaParams, MmaShape, seconds
+from cnnc.backends.cuda.mma_params import CHUNK_BYTES, TILES, MmaParams, MmaShape, seconds
 from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.ir.graph import Node, Value
 from cnnc.ops.dense import Dense, MatMul
@@ -36,7 +36,7 @@ class MatMulMma:
 
     def space(self, kernel: Fused, target: Target) -> Iterable[Schedule]:
         """Give every tile that fits, with the parts that keep multiprocessors busy."""
-        return [schedule_of(self.name, tile) for tile in _matched(kernel).shape.candidates(target)]
+        return [schedule_of(self.name, tile) for tile in _matched(kernel).shape.candidates(TILES, target)]
 
     def cost(self, kernel: Fused, schedule: Schedule, target: Target) -> float:
         """Estimate seconds."""

@@ -11,13 +11,13 @@ from cnnc.backends.cuda.bodies import body_around
 from cnnc.backends.cuda.launches import address, position
 from cnnc.backends.cuda.matmul_mma import Matrix, MmaMatMul
 from cnnc.backends.cuda.mma_launch import Product, product_func
-from cnnc.backends.cuda.mma_params import MmaParams
-from cnnc.backends.cuda.mma_tile import Operand, Order
+from cnnc.backends.cuda.mma_params import BlockTile
+from cnnc.backends.cuda.mma_ring import Operand, Order
 from cnnc.ops.dense import Dense
 from cnnc.ops.fused import Fused
 
 
-def matmul_mma_func(kernel: Fused, found: MmaMatMul, tile: MmaParams) -> Any:
+def matmul_mma_func(kernel: Fused, found: MmaMatMul, tile: BlockTile) -> Any:
     """Give the PrimFunc over the kernel's inputs, then its output."""
     body = body_around(kernel, found.node).bind(found.node.types[0].physical_shape)
     buffers = dict(zip(kernel.body.inputs, body.inputs, strict=True))

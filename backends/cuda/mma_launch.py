@@ -13,8 +13,10 @@ from typing import Any
 from tvm import tirx
 
 from cnnc.backends.cuda.launches import launch
-from cnnc.backends.cuda.mma_params import MmaParams, MmaShape
-from cnnc.backends.cuda.mma_tile import HALF_ROWS, Operand, Order, tile_product
+from cnnc.backends.cuda.mma_params import BlockTile, MmaShape, WgmmaParams
+from cnnc.backends.cuda.mma_ring import HALF_ROWS, Operand, Order
+from cnnc.backends.cuda.mma_tile import tile_product
+from cnnc.backends.cuda.wgmma_tile import warpgroup_product
 from cnnc.backends.lower import loops
 from cnnc.backends.lower.body import BoundBody
 
@@ -46,8 +48,8 @@ class Product:
         return self.shape.batches * math.ceil(self.shape.columns / self.width)
 
 
-def product_func(product: Product, tile: MmaParams) -> Any:
-    """Give the PrimFunc over the kernel's inputs, then its output."""
+def product_func(product: Product, tile: BlockTile) -> Any:
+    """Give the PrimFunc over the kernel's inputs, then its output; the tile says which instructions multiply."""
     output = product.body.output()
     shape = product.shape
     columns = product.blocks // shape.batches * product.width
@@ -59,7 +61,10 @@ def product_func(product: Product, tile: MmaParams) -> Any:
         left = _shifted(product.rows(batch), first_row)
         right = _shifted(product.columns(batch), first_column)
         steps = _steps(math.ceil(shape.chunks / tile.depth), tile.splits, part)
-        sums = tile_product(tile, shape.dtype, left, right, thread, steps)
+        if isinstance(tile, WgmmaParams):
+            sums = warpgroup_product(tile, shape.dtype, left, right, thread, steps)
+        else:
+            sums = tile_product(tile, shape.dtype, left, right, thread, steps)
 
         def store(row: Any, column: Any, pair: Callable[[Any], Any]) -> Any:
             row, column = first_row + row, first_column + column

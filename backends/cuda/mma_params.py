@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from cnnc.backends.cuda.machine import GPUS, MULTIPROCESSORS, NOT_HIDDEN, SECONDS_PER_LAUNCH
 from cnnc.ir.types import DType
@@ -14,6 +16,13 @@ CHUNK_BYTES = 16
 
 LANES = 32
 MMA_ROWS, MMA_COLUMNS = 16, 8
+
+GROUP_THREADS = 4 * LANES
+GROUP_ROWS = 64
+"""What four warps multiply together, by any number of columns up to 256 that 8 divides (`wgmma`)."""
+
+SWIZZLED = 8
+"""Chunks in 128 bytes, over which `wgmma` has the chunks of a row change places."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,46 @@ class MmaParams:
         return self.stages * self.depth * (self.rows + self.columns + 16) * CHUNK_BYTES
 
 
+@dataclass(frozen=True)
+class WgmmaParams:
+    """Tiles of a block, groups of four warps that share its rows, stages, and parts that the depth is split into."""
+
+    rows: int
+    columns: int
+    groups: int
+    stages: int
+    splits: int = 1
+
+    @property
+    def depth(self) -> int:
+        """Chunks of depth in a stage."""
+        return SWIZZLED
+
+    @property
+    def group_rows(self) -> int:
+        """The rows of a group of warps."""
+        return self.rows // self.groups
+
+    @property
+    def threads(self) -> int:
+        """The threads of a block."""
+        return self.groups * GROUP_THREADS
+
+    @property
+    def sums(self) -> int:
+        """What a thread adds up."""
+        return self.group_rows * self.columns // GROUP_THREADS
+
+    @property
+    def shared_bytes(self) -> int:
+        """The shared memory of a block."""
+        return self.stages * self.depth * (self.rows + self.columns) * CHUNK_BYTES
+
+
+BlockTile = MmaParams | WgmmaParams
+
+Tile = TypeVar("Tile", MmaParams, WgmmaParams)
+
 TILES = (
     MmaParams(128, 256, 64, 64, 4, 3),
     MmaParams(256, 128, 64, 64, 4, 3),
@@ -63,6 +112,18 @@ TILES = (
 )
 """From many operations for each byte, for large products, to many blocks, for small ones."""
 
+WGMMA_TILES = (
+    WgmmaParams(128, 256, 2, 4),
+    WgmmaParams(256, 128, 2, 4),
+    WgmmaParams(128, 192, 2, 4),
+    WgmmaParams(128, 128, 2, 4),
+    WgmmaParams(128, 64, 2, 4),
+    WgmmaParams(64, 256, 1, 4),
+    WgmmaParams(64, 128, 1, 4),
+    WgmmaParams(64, 64, 1, 5),
+)
+"""The same for groups of warps."""
+
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
@@ -76,18 +137,18 @@ class MmaShape:
     dtype: DType
     batches: int = 1
 
-    def blocks(self, tile: MmaParams) -> int:
+    def blocks(self, tile: BlockTile) -> int:
         """Count the tiles."""
         return self.batches * math.ceil(self.rows / tile.rows) * math.ceil(self.columns / tile.columns)
 
-    def steps(self, tile: MmaParams) -> int:
+    def steps(self, tile: BlockTile) -> int:
         """Count the stages that each part of the depth goes through, at most."""
         return math.ceil(math.ceil(self.chunks / tile.depth) / tile.splits)
 
-    def candidates(self, target: Target) -> list[MmaParams]:
+    def candidates(self, tiles: Iterable[Tile], target: Target) -> list[Tile]:
         """List the tiles worth considering: those that fit; parts, where blocks would leave multiprocessors idle."""
         found = []
-        for tile in TILES:
+        for tile in tiles:
             if tile.shared_bytes > GPUS[target.arch].most_shared_bytes:
                 continue
             steps = math.ceil(self.chunks / tile.depth)
@@ -95,15 +156,21 @@ class MmaShape:
                 whole = splits == 1 or math.ceil(steps / math.ceil(steps / splits)) == splits
                 few = splits == 1 or self.blocks(tile) * splits <= 2 * MULTIPROCESSORS[target.arch]
                 if whole and few and (splits == 1 or steps >= FEWEST_STEPS * splits):
-                    found.append(MmaParams(**{**vars(tile), "splits": splits}))
+                    found.append(replace(tile, splits=splits))
         return found
 
 
 FEWEST_STEPS = 4
 """Stages that a part of the depth should have: fewer are over before the copies are under way."""
 
-_CYCLES_OF_MMA = {"sm_80": 8, "sm_86": 32, "sm_89": 32, "sm_90": 6}
+_CYCLES_OF_MMA = {"sm_80": 8, "sm_86": 32, "sm_89": 32, "sm_90": 6, "sm_90a": 6}
 """Between instructions of tensor cores in a multiprocessor's quarter; tf32's take as long, and do half the work."""
+
+_WGMMA_COLUMNS_A_CYCLE = 2
+"""Of 64 rows over two chunks, by a multiprocessor: what sm_90's data sheet promises, and `mma` comes to two thirds of."""
+
+_WGMMA_CYCLES_OF_STEP = 60
+"""From one stage to the next: warps of all groups wait for each other, and find out where the chunks are."""
 
 _CYCLES_A_SECOND = 1.4e9
 _QUARTERS = 4
@@ -116,7 +183,7 @@ _LATENCY = 700
 _SCRATCH_BYTES_PER_SECOND = 2e12
 
 
-def seconds(shape: MmaShape, tile: MmaParams, target: Target) -> float:
+def seconds(shape: MmaShape, tile: BlockTile, target: Target) -> float:
     """Estimate a product: rounds of as many blocks as fit, each bound by tensor cores or by what it reads.
 
     Nor is it done before memory has given all columns once; rows may be those of an image, which are read again from
@@ -126,13 +193,9 @@ def seconds(shape: MmaShape, tile: MmaParams, target: Target) -> float:
     blocks = shape.blocks(tile) * tile.splits
     at_once = resident(tile, target)
     here = min(at_once, math.ceil(blocks / multiprocessors))
-    steps = shape.steps(tile)
-    instructions = tile.rows // MMA_ROWS * (tile.columns // MMA_COLUMNS) * (tile.depth // 2) * steps
-    issue = instructions / _QUARTERS * _CYCLES_OF_MMA[target.arch]
-    # A warp alone does not keep its quarter of a multiprocessor busy.
-    busy = min(1.0, 0.35 + 0.2 * here * tile.threads / LANES / _QUARTERS)
-    read = steps * tile.depth * (tile.rows + tile.columns) * CHUNK_BYTES / _BYTES_A_CYCLE
-    cycles = max(issue / busy, read) * here + _LATENCY
+    multiply = _wgmma_cycles(tile, here) if isinstance(tile, WgmmaParams) else _mma_cycles(tile, here, target)
+    read = tile.depth * (tile.rows + tile.columns) * CHUNK_BYTES / _BYTES_A_CYCLE
+    cycles = shape.steps(tile) * max(multiply, read) * here + _LATENCY
     rounds = math.ceil(blocks / (multiprocessors * here))
     memory = shape.batches * shape.columns * shape.chunks * CHUNK_BYTES / GPUS[target.arch].bandwidth
     bounds = rounds * cycles / _CYCLES_A_SECOND, memory
@@ -143,6 +206,20 @@ def seconds(shape: MmaShape, tile: MmaParams, target: Target) -> float:
     return total
 
 
-def resident(tile: MmaParams, target: Target) -> int:
+def _mma_cycles(tile: MmaParams, here: int, target: Target) -> float:
+    """Estimate the cycles in which `here` blocks multiply a stage each, by their number."""
+    instructions = tile.rows // MMA_ROWS * (tile.columns // MMA_COLUMNS) * (tile.depth // 2)
+    # A warp alone does not keep its quarter of a multiprocessor busy.
+    busy = min(1.0, 0.35 + 0.2 * here * tile.threads / LANES / _QUARTERS)
+    return instructions / _QUARTERS * _CYCLES_OF_MMA[target.arch] / busy
+
+
+def _wgmma_cycles(tile: WgmmaParams, here: int) -> float:
+    """Estimate the same where groups of warps multiply, while they go on."""
+    products = tile.rows // GROUP_ROWS * (tile.depth // 2)
+    return products * tile.columns / _WGMMA_COLUMNS_A_CYCLE + _WGMMA_CYCLES_OF_STEP / (here * tile.groups)
+
+
+def resident(tile: BlockTile, target: Target) -> int:
     """Give how many blocks a multiprocessor runs at once, by shared memory and by registers."""
     return GPUS[target.arch].resident(tile.threads, min(255, tile.sums + 64), tile.shared_bytes)

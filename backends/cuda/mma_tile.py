@@ -2,17 +2,15 @@
 
     sums[row, column] = sum over depth of a[row, depth] * b[column, depth]
 
-Both operands come in chunks: 16 bytes of a row, of neighbours in depth.  `depth` chunks of all rows and columns are a
-stage; while one is multiplied, those after it are on their way into shared memory (`cp.async`).  Chunks of neighbouring
-rows lie side by side there, so that neither storing them nor loading matrices of 8 rows (`ldmatrix`) ever has two
-threads at one bank.  A warp keeps the sums of its own tile in registers, from which the caller takes them.
+Both operands come in chunks, stage by stage (see `mma_ring`).  Chunks of neighbouring rows lie side by side in shared
+memory, so that neither storing them nor loading matrices of 8 rows (`ldmatrix`) ever has two threads at one bank.  A
+warp keeps the sums of its own tile in registers, from which the caller takes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 from tvm import tirx
@@ -20,72 +18,16 @@ from tvm import tirx
 from cnnc.backends.cuda import tensor_cores
 from cnnc.backends.cuda.launches import address, barrier, call
 from cnnc.backends.cuda.mma_params import LANES, MMA_COLUMNS, MMA_ROWS, MmaParams
+from cnnc.backends.cuda.mma_ring import HALF_ROWS, Operand, Order, Ring, Store, Sums
 from cnnc.backends.lower import loops
 from cnnc.ir.types import DType
 
-__all__ = ["HALF_ROWS", "Operand", "Order", "Sums", "tile_product"]
-
-Chunk = Callable[[Any, Any], tuple[Any, Any]]
-"""The address of a chunk in memory, and whether it is there, by its row in the tile and its number in depth."""
-
-Store = Callable[[Any, Any, Any], Any]
-"""Stores two neighbouring sums: (row in the tile, column in the tile, function of 0 and 1 that gives them)."""
-
-HALF_ROWS = 8
-"""Of the matrices that tensor cores load: also the 16-bit numbers in a chunk."""
-
-
-class Order(Enum):
-    """What neighbouring threads copy: what is neighbours in memory, as they should.
-
-    ROWS: chunks of neighbouring rows.  DEPTH: neighbouring chunks of a row, in matrices of long rows.  ACROSS: a chunk
-    is no part of a row, but a number each of 8 neighbouring rows, as in a matrix that is transposed.  Only numbers of
-    16 bits are transposed on their way into registers; `chunk` then gets the chunk of rows, and the place in depth.
-    """
-
-    ROWS = "rows"
-    DEPTH = "depth"
-    ACROSS = "across"
+__all__ = ["store_fragments", "tile_product"]
 
 
 @dataclass(frozen=True)
-class Operand:
-    """An operand of a product: where its chunks are, and how they lie in memory."""
-
-    chunk: Chunk
-    order: Order = Order.ROWS
-
-
-@dataclass(frozen=True)
-class Sums:
-    """What `tile_product` gives: statements that compute, and then store the sums of a thread."""
-
-    compute: Any
-    finish: Callable[[Store], Any]
-
-
-@dataclass(frozen=True)
-class _Shared:
-    """An operand's part of shared memory, a ring of stages, each of `lines` lines of `line` chunks side by side."""
-
-    operand: Operand
-    rows: int
-    start: int
-    tile: MmaParams
-
-    @property
-    def _across(self) -> bool:
-        return self.operand.order is Order.ACROSS
-
-    @property
-    def line(self) -> int:
-        """The chunks of a line: of one place in depth."""
-        return self.rows // HALF_ROWS if self._across else self.rows
-
-    @property
-    def lines(self) -> int:
-        """The lines of a stage."""
-        return self.tile.depth * HALF_ROWS if self._across else self.tile.depth
+class _Shared(Ring):
+    """Lines one after the other, which `ldmatrix` loads by the address of each row."""
 
     @property
     def pitch(self) -> int:
@@ -101,24 +43,9 @@ class _Shared:
         """Give the place of a chunk, counted in chunks."""
         return self.start + (stage * self.lines + line) * self.pitch + position
 
-    def fetch(self, memory: Any, thread: Any, step: Any, stage: Any) -> Any:
-        """Start to copy the chunks of a step into a stage."""
-        chunks = self.lines * self.line
-
-        def one(turn: Any) -> Any:
-            number = turn * self.tile.threads + thread
-            line, position = number // self.line, number % self.line
-            if self.operand.order is Order.DEPTH:
-                line, position = number % self.lines, number // self.lines
-            source, valid = self.operand.chunk(position, step * self.lines + line)
-            copy = call(tensor_cores.COPY, address(memory, self.place(stage, line, position)), source, valid)
-            return copy if chunks % self.tile.threads == 0 else loops.when(number < chunks, copy)
-
-        return loops.unrolled(-(-chunks // self.tile.threads), one, "turn")
-
     def load(self, registers: Any, memory: Any, stage: Any, chunk: Any, row: Any, lane: Any) -> Any:
         """Load four matrices, the lanes' of 8 rows from `row` on, at a chunk of depth (each may differ by lane)."""
-        if not self._across:
+        if not self.across:
             return call(tensor_cores.LOAD, registers, address(memory, self.place(stage, chunk, row + lane % 8)))
         place = self.place(stage, chunk * HALF_ROWS + lane % 8, row // HALF_ROWS)
         return call(tensor_cores.LOAD_TRANSPOSED, registers, address(memory, place))
@@ -158,7 +85,8 @@ def tile_product(tile: MmaParams, dtype: DType, a: Operand, b: Operand, thread: 
         loops.unrolled(tile.stages - 1, lambda stage: fetch(first + stage, stage), "stage"),
         loops.loop(last - first, turn, "step"),
     )
-    return Sums(compute, lambda store: _finish(tile, sums, row, column, lane, store))
+    high, wide = tile.warp_rows // MMA_ROWS, tile.warp_columns // MMA_COLUMNS
+    return Sums(compute, lambda store: store_fragments(sums, (high, MMA_ROWS, wide), (row, column), lane, store))
 
 
 def _multiply(
@@ -217,16 +145,20 @@ def _multiply(
     return loops.sequence(loops.alloc(a), loops.alloc(b), loops.unrolled(tile.depth // 2, step, "pair"))
 
 
-def _finish(tile: MmaParams, sums: Any, row: Any, column: Any, lane: Any, store: Store) -> Any:
-    """Store a thread's sums, by pairs of neighbouring columns."""
-    high, wide = tile.warp_rows // MMA_ROWS, tile.warp_columns // MMA_COLUMNS
+def store_fragments(sums: Any, shape: tuple[int, int, int], first: tuple[Any, Any], lane: Any, store: Store) -> Any:
+    """Store a thread's part of fragments of 16 by 8 sums, by pairs of neighbouring columns.
+
+    A warp has `shape` of them: so many down, each so many rows after the one before, and so many side by side.
+    """
+    high, rows, wide = shape
+    row, column = first
 
     def pair(i: Any, half: Any, j: Any) -> Any:
-        first = (i * wide + j) * 4 + half * 2
+        start = (i * wide + j) * 4 + half * 2
         return store(
-            row + i * MMA_ROWS + half * 8 + lane // 4,
+            row + i * rows + half * HALF_ROWS + lane // 4,
             column + j * MMA_COLUMNS + lane % 4 * 2,
-            lambda which: loops.load(sums, first + which),
+            lambda which: loops.load(sums, start + which),
         )
 
     return loops.unrolled(
