@@ -15,15 +15,17 @@ HEADERS = Path(__file__).parent / "emulation"
 FLAGS = ("-std=c++17", "-O0", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-Wno-address")
 
 _FUNCTION = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([\d, ]+\) )?(\w+)\([^)]*\) \{')
-_DYNAMIC = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")
-_IN_DYNAMIC = r"\1 *\2 = reinterpret_cast<\1 *>(cnnc_emulation::machine.dynamic_shared.data());"
+_DYNAMIC = re.compile(r"extern __shared__ (?:__align__\((\d+)\) )?(\w+) (\w+)\[\];")
+_IN_DYNAMIC = r"\2 *\3 = reinterpret_cast<\2 *>(cnnc_emulation::dynamic_shared(\1));"
 
 
 def emulated(texts: Sequence[str]) -> str:
     """Give CUDA sources as one C++ file, one prelude for all, and a door to each function."""
-    headers = ["#include <cuda_fp16.h>\n", "#include <cuda_bf16.h>\n", '#include "tensor_cores.h"\n']
+    headers = ["#include <cuda_fp16.h>\n", "#include <cuda_bf16.h>\n"]
+    headers += ['#include "tensor_cores.h"\n', '#include "wgmma.h"\n']
     start = 'extern "C" __global__'
-    prelude = next((text[: text.index(start)] for text in texts if text), "")
+    # Each has what its kernel needs: the longest will do for all.
+    prelude = max((text[: text.index(start)] for text in texts if text), key=len, default="")
     functions = [_DYNAMIC.sub(_IN_DYNAMIC, text[text.index(start) :]) for text in texts if text]
     doors = [f"CNNC_EMULATED({name})\n" for text in functions for name in _FUNCTION.findall(text)]
     return "".join(['#include "emulation.h"\n', *headers, prelude, *functions, *doors])

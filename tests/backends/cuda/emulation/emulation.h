@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -19,7 +20,7 @@
 
 namespace cnnc_emulation {
 
-enum { WARP = 32, STACK_BYTES = 1 << 16, MOST_THREADS = 1024, POISON = 0xA5 };
+enum { WARP = 32, GROUP = 4 * WARP, STACK_BYTES = 1 << 16, MOST_THREADS = 1024, POISON = 0xA5 };
 
 enum Order : unsigned { FORWARD, BACKWARD, SHUFFLED /* and beyond: seeds */ };
 
@@ -47,6 +48,16 @@ struct Copy {
   unsigned group;
 };
 
+/* A product of a group of four warps that is under way (see wgmma.h): a thread's part of it. */
+struct Product {
+  void (*multiply)(const Product &);
+  float *sums;
+  std::uint64_t a, b;
+  bool a_across, b_across;
+  int columns;
+  unsigned group;
+};
+
 struct Thread {
   void *stack; /* where it goes on, while others run */
   Index index;
@@ -55,6 +66,11 @@ struct Thread {
   State state;
   std::vector<Copy> copies;
   unsigned groups; /* of copies, that are complete */
+  std::vector<void *> unpublished; /* chunks it has in shared memory that products need not see */
+  std::vector<Product> products;
+  unsigned products_started, product_groups;
+  std::map<float *, std::vector<float>> sums; /* what products left there, since the last fence */
+  bool fenced;
 };
 
 struct Machine {
@@ -62,6 +78,9 @@ struct Machine {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::vector<char> dynamic_shared;
+  std::vector<char> published_shared; /* as products of groups of warps see it */
+  unsigned shared_start = 0;          /* its address: no better aligned than the kernel asks for */
+  std::vector<std::vector<std::pair<std::uint64_t, std::uint64_t>>> operands; /* of each group's products */
   Thread *current = nullptr;
   Index grid, block, block_index;
   void (*body)(void *) = nullptr;
@@ -136,12 +155,20 @@ static void poison_shared() {
   }
   if (!machine.dynamic_shared.empty()) {
     std::memset(machine.dynamic_shared.data(), POISON, machine.dynamic_shared.size());
+    machine.published_shared = machine.dynamic_shared;
   }
+}
+
+/* Where a kernel finds its dynamic shared memory, aligned as it asks, or as CUDA does unasked. */
+static void *dynamic_shared(unsigned alignment = 16) {
+  machine.shared_start = alignment;
+  return machine.dynamic_shared.data();
 }
 
 static void start_threads() {
   unsigned count = unsigned(machine.threads.size());
   machine.warps.assign((count + WARP - 1) / WARP, Warp());
+  machine.operands.assign((count + GROUP - 1) / GROUP, {});
   for (unsigned i = 0; i < count; i++) {
     Thread &thread = machine.threads[i];
     thread.index = {i % machine.block.x, i / machine.block.x % machine.block.y, i / machine.block.x / machine.block.y};
@@ -152,6 +179,11 @@ static void start_threads() {
     thread.stack = new_stack(i);
     thread.copies.clear();
     thread.groups = 0;
+    thread.unpublished.clear();
+    thread.products.clear();
+    thread.products_started = thread.product_groups = 0;
+    thread.sums.clear();
+    thread.fenced = false;
   }
 }
 
@@ -203,6 +235,16 @@ static bool run_round(unsigned order) {
   return released;
 }
 
+/* Whether all threads of each group of warps have started the same products. */
+static bool all_multiplied() {
+  for (unsigned i = 0; i < machine.threads.size(); i++) {
+    if (machine.threads[i].products_started != machine.operands[i / GROUP].size()) {
+      machine.error = "wgmma: some threads of a group of four warps never reach a product";
+    }
+  }
+  return machine.error == nullptr;
+}
+
 static bool run_block(unsigned order) {
   poison_shared();
   start_threads();
@@ -221,7 +263,7 @@ static bool run_block(unsigned order) {
       done += thread.state == State::DONE;
     }
     if (done == count) {
-      return true;
+      return all_multiplied();
     }
     if (waiting != count) {
       machine.error = waiting != 0 ? "some threads wait in __syncthreads, others never reach it"

@@ -20,13 +20,26 @@ namespace cnnc_emulation {
 
 enum { CHUNK = 16, MMA_ROWS = 16, MMA_COLUMNS = 8 };
 
-static void land(Copy &copy) {
-  if (!copy.landed && copy.valid) {
+static void publish(void *chunk) {
+  std::size_t offset = std::size_t(static_cast<char *>(chunk) - machine.dynamic_shared.data());
+  std::memcpy(machine.published_shared.data() + offset, chunk, CHUNK);
+}
+
+static void land(Copy &copy, bool at_once) {
+  if (copy.landed) {
+    return;
+  }
+  if (copy.valid) {
     std::memcpy(copy.to, copy.from, CHUNK);
-  } else if (!copy.landed) {
+  } else {
     std::memset(copy.to, 0, CHUNK);
   }
   copy.landed = true;
+  if (at_once) {
+    publish(copy.to);
+  } else {
+    machine.current->unpublished.push_back(copy.to);
+  }
 }
 
 static bool lands_at_once() {
@@ -104,6 +117,11 @@ template <class T, int DEPTH> void multiply(float *sums, const unsigned *a, cons
 
 } // namespace cnnc_emulation
 
+static inline unsigned cnnc_tc_shared(const void *pointer) {
+  using namespace cnnc_emulation;
+  return machine.shared_start + unsigned(static_cast<const char *>(pointer) - machine.dynamic_shared.data());
+}
+
 static inline void cnnc_tc_copy(void *to, const void *from, bool valid) {
   using namespace cnnc_emulation;
   if (!is_shared(to) || !is_aligned(to) || (valid && !is_aligned(from))) {
@@ -112,7 +130,7 @@ static inline void cnnc_tc_copy(void *to, const void *from, bool valid) {
   }
   machine.current->copies.push_back({to, from, valid, false, machine.current->groups});
   if (lands_at_once()) {
-    land(machine.current->copies.back());
+    land(machine.current->copies.back(), true);
   }
 }
 
@@ -123,7 +141,7 @@ template <int GROUPS> void cnnc_tc_wait() {
   std::vector<cnnc_emulation::Copy> left;
   for (cnnc_emulation::Copy &copy : thread.copies) {
     if (copy.group + GROUPS < thread.groups) {
-      cnnc_emulation::land(copy);
+      cnnc_emulation::land(copy, false);
     } else {
       left.push_back(copy);
     }
