@@ -40,6 +40,12 @@ A GPU also runs machine code for a lower one of the same first digit, and PTX, w
 but what is made for `sm_90a`, with what no later one has, runs on 9.0 alone.
 """
 
+
+def is_portable(arch: str) -> bool:
+    """Whether what is compiled for an architecture runs on all newer ones as PTX: not with the features of `sm_90a`."""
+    return arch[-1].isdigit()
+
+
 _FLAG_OF_FEATURE = {
     "sse3": "pni",
     "sse4.1": "sse4_1",
@@ -138,6 +144,11 @@ class Target:
     def multiplies_tiles(self) -> bool:
         """Whether there are instructions that multiply tiles of bf16 numbers (AMX)."""
         return "amx-bf16" in self.features
+
+    @property
+    def multiplies_in_groups(self) -> bool:
+        """Whether groups of four warps multiply matrices in shared memory (`wgmma`)."""
+        return self.arch == "sm_90a"
 
     def with_threads(self, threads: int) -> Target:
         """Give the same target for another thread count."""

@@ -8,13 +8,13 @@ from dataclasses import replace
 from cnnc.backends.cache import DiskCache
 from cnnc.backends.cuda.index_check import check_job
 from cnnc.backends.cuda.kernels import CudaKernel, compile_kernels, kernel_job
-from cnnc.backends.cuda.nvcc import is_portable
 from cnnc.backends.host.device import DeviceCode, DeviceLaunch
 from cnnc.backends.host.program import KernelCall, Slot
 from cnnc.backends.lower.build import Build, Scheduled, Slots, check_call, fused_of, kernel_call
 from cnnc.backends.lower.identity import kernel_symbol
 from cnnc.backends.lower.run_time_indices import check_symbol, run_time_indices
 from cnnc.ir.graph import Node
+from cnnc.target import is_portable
 
 
 def build(

@@ -18,10 +18,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 from cnnc.backends.cuda.mma_operands import follows_in_registers, stored_for_mma
-from cnnc.backends.cuda.mma_params import CHUNK_BYTES, TILES, MmaParams, MmaShape, seconds
+from cnnc.backends.cuda.mma_params import CHUNK_BYTES, TILES, BlockTile, MmaParams, MmaShape, seconds
 from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.ir.graph import Node, Value
 from cnnc.ops.blocked import channel_layout, tile_layout
@@ -37,6 +37,8 @@ class ConvMma:
     """Convolutions in blocks of channels, of which groups have whole ones, with an elementwise epilogue."""
 
     name: str = "conv_mma"
+    tiles: ClassVar[tuple[BlockTile, ...]] = TILES
+    params: ClassVar[type[BlockTile]] = MmaParams
 
     def matches(self, kernel: Fused, target: Target) -> bool:
         """Take convolutions of images whose operands are narrow, or rounded to tf32."""
@@ -44,11 +46,11 @@ class ConvMma:
 
     def space(self, kernel: Fused, target: Target) -> Iterable[Schedule]:
         """Give every tile that fits, with the parts that keep multiprocessors busy."""
-        return [schedule_of(self.name, tile) for tile in shape_of(_matched(kernel)).candidates(TILES, target)]
+        return [schedule_of(self.name, tile) for tile in shape_of(_matched(kernel)).candidates(self.tiles, target)]
 
     def cost(self, kernel: Fused, schedule: Schedule, target: Target) -> float:
         """Estimate seconds."""
-        return seconds(shape_of(_matched(kernel)), params_of(MmaParams, schedule), target)
+        return seconds(shape_of(_matched(kernel)), params_of(self.params, schedule), target)
 
     def build(self, kernel: Fused, schedule: Schedule, target: Target) -> Any:
         """Give the PrimFunc over the kernel's inputs, then its output."""
@@ -57,7 +59,7 @@ class ConvMma:
         load_tvm()
         from cnnc.backends.cuda.conv_mma_loops import conv_mma_func
 
-        return conv_mma_func(kernel, _matched(kernel), params_of(MmaParams, schedule))
+        return conv_mma_func(kernel, _matched(kernel), params_of(self.params, schedule))
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 from cnnc.backends.cuda.mma_operands import follows_in_registers, stored_for_mma
-from cnnc.backends.cuda.mma_params import CHUNK_BYTES, TILES, MmaParams, MmaShape, seconds
+from cnnc.backends.cuda.mma_params import CHUNK_BYTES, TILES, BlockTile, MmaParams, MmaShape, seconds
 from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.ir.graph import Node, Value
 from cnnc.ops.dense import Dense, MatMul
@@ -29,6 +29,8 @@ class MatMulMma:
     """Products of matrices whose lines are whole chunks, with an elementwise epilogue."""
 
     name: str = "matmul_mma"
+    tiles: ClassVar[tuple[BlockTile, ...]] = TILES
+    params: ClassVar[type[BlockTile]] = MmaParams
 
     def matches(self, kernel: Fused, target: Target) -> bool:
         """Take products whose operands are narrow, or rounded to tf32."""
@@ -36,11 +38,11 @@ class MatMulMma:
 
     def space(self, kernel: Fused, target: Target) -> Iterable[Schedule]:
         """Give every tile that fits, with the parts that keep multiprocessors busy."""
-        return [schedule_of(self.name, tile) for tile in _matched(kernel).shape.candidates(TILES, target)]
+        return [schedule_of(self.name, tile) for tile in _matched(kernel).shape.candidates(self.tiles, target)]
 
     def cost(self, kernel: Fused, schedule: Schedule, target: Target) -> float:
         """Estimate seconds."""
-        return seconds(_matched(kernel).shape, params_of(MmaParams, schedule), target)
+        return seconds(_matched(kernel).shape, params_of(self.params, schedule), target)
 
     def build(self, kernel: Fused, schedule: Schedule, target: Target) -> Any:
         """Give the PrimFunc over the kernel's inputs, then its output."""
@@ -49,7 +51,7 @@ class MatMulMma:
         load_tvm()
         from cnnc.backends.cuda.matmul_mma_loops import matmul_mma_func
 
-        return matmul_mma_func(kernel, _matched(kernel), params_of(MmaParams, schedule))
+        return matmul_mma_func(kernel, _matched(kernel), params_of(self.params, schedule))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from cnnc.backends.cuda.codegen import CudaSource
 from cnnc.backends.cuda.machine import GPUS
 from cnnc.backends.host.toolchain import run_tool, work_folder
 from cnnc.errors import EnvironmentProblem, VerifyError
-from cnnc.target import Target
+from cnnc.target import Target, is_portable
 
 CURE = "pip install nvidia-cuda-nvcc nvidia-cuda-cccl, or put the nvcc of NVIDIA's CUDA toolkit on PATH"
 
@@ -74,11 +74,6 @@ def _in_wheel() -> str | None:
             if path.is_file():
                 return str(path)
     return None
-
-
-def is_portable(arch: str) -> bool:
-    """Whether what is compiled for an architecture runs on all newer ones as PTX: not with the features of `sm_90a`."""
-    return arch[-1].isdigit()
 
 
 def compile_fatbin(source: CudaSource, target: Target) -> Fatbin:

@@ -32,7 +32,7 @@ next 64.
 """
 
 PUBLISH = f"{PREFIX}publish"
-"""(): what the thread has in shared memory, copies it has waited for included, is there for products after a barrier."""
+"""(): what the thread has copied to shared memory, and waited for, is there for products after a barrier."""
 
 COMMIT = f"{PREFIX}commit"
 """(): the products started since the last call are a group."""

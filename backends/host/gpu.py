@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
-from cnnc.target import CUDA_ARCHS, Target
+from cnnc.target import CUDA_ARCHS, Target, is_portable
 
 _MAJOR, _MINOR = 75, 76
 _NO_DEVICE = 100
@@ -24,17 +24,22 @@ class Gpu:
 
         Of its own generation it runs the machine code, of a lower one the PTX, which its driver compiles.
         """
-        fitting = [known for known in CUDA_ARCHS if _number(known) <= _number(self.arch)]
+        fitting = [known for known in CUDA_ARCHS if self._is(known) or _is_below(known, self.arch)]
         return f"cuda:{fitting[-1]}" if fitting else None
+
+    def _is(self, arch: str) -> bool:
+        """Whether an architecture is its own, with all that no other has or without."""
+        return arch.rstrip("a") == self.arch
 
     def runs(self, target: Target) -> bool:
         """Whether it runs code for a target: for its own architecture, or a lower one of its generation."""
-        return target.is_gpu and target.arch[:-1] == self.arch[:-1] and target.arch <= self.arch
+        same_generation = target.arch[:-1] == self.arch[:-1] and _is_below(target.arch, self.arch)
+        return target.is_gpu and (self._is(target.arch) or same_generation)
 
 
-def _number(arch: str) -> int:
-    """Give what architectures are ordered by: 90 for `sm_90`."""
-    return int(arch.removeprefix("sm_"))
+def _is_below(arch: str, other: str) -> bool:
+    """Whether an architecture is lower than another, which can run what is made for it."""
+    return is_portable(arch) and int(arch.removeprefix("sm_")) < int(other.removeprefix("sm_"))
 
 
 @dataclass(frozen=True)

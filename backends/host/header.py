@@ -163,7 +163,7 @@ int {p}_run_batch_async({p}_context *context, int batch, const void *const *inpu
 _IN_PLACE = "Data aligned to 64 bytes is used in place, other data is copied."
 _ON_GPU = """\
 The kernels run on the first GPU: one of compute capability {capability}
- * or of a higher one with the same first digit{newer}.  CUDA's
+ * {or_else}.  CUDA's
  * driver is loaded when the first context is made (the object needs -ldl too).  Each input and output may be in memory
  * of the host or of the GPU: they are copied to the context's own memory and back.  The number of threads changes
  * nothing."""
@@ -202,8 +202,10 @@ def _memory(device: DeviceCode | None) -> str:
     if device is None:
         return _IN_PLACE
     major, minor = device.capability
-    newer = ", or a newer one, whose driver compiles the kernels once" if device.portable else ""
-    return _ON_GPU.format(capability=f"{major}.{minor}", newer=newer)
+    or_else = "and no other"
+    if device.portable:
+        or_else = "or of a higher one with the same first digit, or a newer one, whose driver compiles the kernels once"
+    return _ON_GPU.format(capability=f"{major}.{minor}", or_else=or_else)
 
 
 def _batch_functions(program: Program) -> str:

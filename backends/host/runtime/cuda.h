@@ -43,7 +43,8 @@ typedef struct cnnc_rt_device {
   int32_t argument_count; /* of all launches together */
   int32_t major;          /* the compute capability the machine code is for: 9 and 0 for sm_90 */
   int32_t minor;
-  int32_t portable;       /* not 0 if there is PTX too, which the driver compiles for GPUs of higher capabilities */
+  int32_t portable;       /* not 0 if there is PTX too, which the driver compiles for GPUs of higher capabilities;
+                             0 if the code is for this one alone */
 } cnnc_rt_device;
 
 extern const cnnc_rt_device cnnc_rt_the_device;

@@ -18,14 +18,15 @@ static int users;
 static pid_t opened_in; /* the process the driver serves: it does not outlive a fork */
 static cnnc_rt_shared device;
 
-/* A GPU runs machine code for its own architecture and for lower ones of the same generation, and PTX for any lower. */
+/* A GPU runs machine code for its own architecture and for lower ones of the same generation, and PTX for any lower;
+ * what has no PTX uses what other architectures lack. */
 static int check_architecture(const cnnc_rt_cuda *cuda, int number) {
   int major, minor;
   CNNC_RT_TRY(cuda->device_get_attribute(&major, CU_COMPUTE_CAPABILITY_MAJOR, number));
   CNNC_RT_TRY(cuda->device_get_attribute(&minor, CU_COMPUTE_CAPABILITY_MINOR, number));
-  const bool newer = major > DEVICE.major && DEVICE.portable;
-  const bool same = major == DEVICE.major && minor >= DEVICE.minor;
-  return newer || same ? CNNC_RT_OK : CNNC_RT_ERROR_GPU_ARCH;
+  const bool same = major == DEVICE.major && minor == DEVICE.minor;
+  const bool newer = major > DEVICE.major || (major == DEVICE.major && minor > DEVICE.minor);
+  return same || (newer && DEVICE.portable) ? CNNC_RT_OK : CNNC_RT_ERROR_GPU_ARCH;
 }
 
 static int load_kernels(const cnnc_rt_cuda *cuda) {
