@@ -40,12 +40,6 @@ A GPU also runs machine code for a lower one of the same first digit, and PTX, w
 but what is made for `sm_90a`, with what no later one has, runs on 9.0 alone.
 """
 
-
-def is_portable(arch: str) -> bool:
-    """Whether what is compiled for an architecture runs on all newer ones as PTX: not with the features of `sm_90a`."""
-    return arch[-1].isdigit()
-
-
 _FLAG_OF_FEATURE = {
     "sse3": "pni",
     "sse4.1": "sse4_1",
@@ -160,6 +154,11 @@ class Target:
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.arch}"
+
+
+def is_portable(arch: str) -> bool:
+    """Whether what is compiled for an architecture runs on all newer ones as PTX: not with the features of `sm_90a`."""
+    return arch[-1].isdigit()
 
 
 def _parse_cuda(text: str, arch: str, threads: int) -> Target:

@@ -167,7 +167,7 @@ _CYCLES_OF_MMA = {"sm_80": 8, "sm_86": 32, "sm_89": 32, "sm_90": 6, "sm_90a": 6}
 """Between instructions of tensor cores in a multiprocessor's quarter; tf32's take as long, and do half the work."""
 
 _WGMMA_COLUMNS_A_CYCLE = 2
-"""Of 64 rows over two chunks, by a multiprocessor: the data sheet's peak, two thirds of which is what `mma` comes to."""
+"""Of 64 rows over two chunks, by a multiprocessor: the data sheet's peak, of which `mma` comes to two thirds."""
 
 _WGMMA_CYCLES_OF_STEP = 60
 """From one stage to the next: warps of all groups wait for each other, and find out where the chunks are."""

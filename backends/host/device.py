@@ -32,7 +32,7 @@ class DeviceLaunch:
 class DeviceCode:
     """Modules (fat binaries) with machine code for GPUs of an architecture, `sm_90`.
 
-    With `portable` they have PTX too, which the driver of a newer GPU compiles for it; else they are for this one alone.
+    With `portable` they have PTX too, which the driver of a newer GPU compiles for it; else they are for no other.
     """
 
     arch: str

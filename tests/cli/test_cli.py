@@ -212,7 +212,7 @@ def test_doctor_tells_of_cuda(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert cuda_findings(capsys) == {
         "nvcc": ("V13.0.88 (/opt/nvcc)", ""),
         "CUDA driver": ("for CUDA 13.0, 3 GPUs", ""),
-        "GPU 0": ("NVIDIA H200 (--target cuda:sm_90)", ""),
+        "GPU 0": ("NVIDIA H200 (--target cuda:sm_90a)", ""),
         "GPU 1": ("NVIDIA A10 (--target cuda:sm_86)", ""),
         "GPU 2": ("Tesla V100 (sm_70, which no target is for)", ""),
     }

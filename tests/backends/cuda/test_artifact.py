@@ -77,13 +77,27 @@ def build(graph: Graph, folder: Path, target: str = "cuda:sm_90", dtype: str = "
     return folder / "net.so"
 
 
-def check_network(net: Network, gpu: FakeGpu, folder: Path, dtype: str = "f32", bound: float = 1e-5) -> None:
-    check_graph(net.graph(), gpu, folder, dtype, bound)
+def check_network(
+    net: Network,
+    gpu: FakeGpu,
+    folder: Path,
+    dtype: str = "f32",
+    bound: float = 1e-5,
+    target: str = "cuda:sm_90",
+) -> None:
+    check_graph(net.graph(), gpu, folder, dtype, bound, target)
 
 
-def check_graph(graph: Graph, gpu: FakeGpu, folder: Path, dtype: str = "f32", bound: float = 1e-5) -> None:
+def check_graph(
+    graph: Graph,
+    gpu: FakeGpu,
+    folder: Path,
+    dtype: str = "f32",
+    bound: float = 1e-5,
+    target: str = "cuda:sm_90",
+) -> None:
     """Run in several orders of threads; all must agree with the interpreter, and with each other bit for bit."""
-    library, feeds = build(graph, folder, dtype=dtype), feeds_of(graph, 3)
+    library, feeds = build(graph, folder, target, dtype), feeds_of(graph, 3)
     wanted = evaluate(graph, feeds, precise=True)
     first: dict[str, np.ndarray] = {}
     for order in (FORWARD, BACKWARD, SHUFFLED + 5):

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import cnnc
+from cnnc.backends.cuda import mma_params
 from cnnc.backends.host.gpu import Gpu
+from cnnc.backends.host.header import emit_header
 from cnnc.cli.main import run
 from cnnc.cli.precision import BUDGET
 from cnnc.frontends.dsl import Tensor, conv, flatten, linear, load_network, network, relu
@@ -61,6 +63,22 @@ def test_layers_on_tensor_cores(dtype: str, fake_gpu: FakeGpu, tmp_path: Path) -
     assert [call.layers[0].partition(" ")[0] for call in convolutions] == ["conv1", "conv2", "conv3"]
     assert any("splits=1)" not in call.schedule for call in convolutions)
     check_network(net, fake_gpu, tmp_path, dtype, BOUND[dtype])
+
+
+def test_layers_of_warp_groups(fake_gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the one architecture that has them, where small layers are theirs if `mma` takes ever so long."""
+    monkeypatch.setitem(mma_params._CYCLES_OF_MMA, "sm_90a", 10_000)
+    net = deep(batch=1).init(seed=3)
+    module = cnnc.compile(net, target="cuda:sm_90a", dtype="f16")
+    assert module.build is not None
+    algorithms = [call.algorithm for call in module.build.program.calls]
+    assert algorithms.count("conv_wgmma") == 3
+    assert "matmul_wgmma" in algorithms
+    check_network(net, fake_gpu, tmp_path, "f16", BOUND["f16"], "cuda:sm_90a")
+    for capability in (95, 100):
+        with pytest.raises(AssertionError, match="the model was compiled for another GPU"):
+            fake_gpu.run(tmp_path / "net.so", feeds_of(net.graph(), 3), f"capability={capability}")
+    assert "of compute capability 9.0\n * and no other." in emit_header(module.build.program)
 
 
 @pytest.mark.parametrize("level", [0, 2])
@@ -145,7 +163,14 @@ def test_passes_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize(
     ("arch", "target", "runs"),
-    [("sm_86", "cuda:sm_80", True), ("sm_80", "cuda:sm_86", False), ("sm_90", "cuda:sm_80", False)],
+    [
+        ("sm_86", "cuda:sm_80", True),
+        ("sm_80", "cuda:sm_86", False),
+        ("sm_90", "cuda:sm_80", False),
+        ("sm_90", "cuda:sm_90", True),
+        ("sm_90", "cuda:sm_90a", True),
+        ("sm_100", "cuda:sm_90a", False),
+    ],
 )
 def test_a_gpu_runs_code_of_its_generation(arch: str, target: str, runs: bool) -> None:
     assert Gpu("a GPU", arch).runs(Target.parse(target)) == runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,3 +104,62 @@ def test_narrow_floats_round_as_numpy(tmp_path: Path, name: str, dtype: str) -> 
     source = kernel(body, 256, x.size // 256)
     (result, *_) = outcomes(source, x, tmp_path)
     np.testing.assert_array_equal(np.array(result, np.float32), wanted.astype(np.float32))
+
+
+MULTIPLY = """
+  extern __shared__ __align__(1024) char held[];
+  for (int i = threadIdx.x; i < {chunks}; i += 128) cnnc_tc_copy(held + i * 16, (const char *)x + i * 16, true);
+  cnnc_tc_commit();
+  cnnc_tc_wait<0>();
+  cnnc_wgmma_publish();
+  __syncthreads();
+  float sums[{columns} / 2] = {{}};
+  cnnc_wgmma_fence<{columns} / 2>(sums);
+  cnnc_wgmma_f16<{columns}, {across}, {across}>(sums, {a}ull, {b}ull);
+  cnnc_wgmma_commit();
+  cnnc_wgmma_wait<0, {columns} / 2>(sums);
+  int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+  for (int i = 0; i < {columns} / 2; i++) y[(row + i / 2 % 2 * 8) * {columns} + i / 4 * 8 + column + i % 2] = sums[i];
+"""
+
+
+def strided(index: int, *levels: tuple[int, int]) -> int:
+    """Give the offset of an index by the extents and strides it is split into; the last extent has no end."""
+    offset = 0
+    for extent, stride in levels[:-1]:
+        offset += index % extent * stride
+        index //= extent
+    return offset + index * levels[-1][1]
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize(("wide", "mode"), [(1, 0), (2, 3), (4, 2), (8, 1)])
+def test_products_of_groups_read_the_canonical_layouts(wide: int, mode: int, across: bool, tmp_path: Path) -> None:
+    """Operands laid out as CUTLASS writes the layouts of descriptors: extents and strides, then the swizzle."""
+    columns, rng = 128, np.random.default_rng(wide)
+    a, b = (rng.integers(-4, 5, (rows, 16)).astype(np.float16) for rows in (64, columns))
+    atom = wide * 128  # bytes of eight lines
+    stride, leading = 2 * atom, (64 if wide == 1 else 8) * atom
+    memory = np.zeros(1 << 17, np.uint8)
+    descriptors = []
+    for start, operand in ((1024, a), (1024 + (1 << 16), b)):
+        for (row, k), number in np.ndenumerate(operand):
+            if not across:
+                offset = strided(row, (8, wide * 16), (0, stride))
+                offset += strided(k, (8, 2), (0, leading if wide == 1 else 16))
+            elif wide == 1:
+                offset = strided(row, (8, 2), (0, stride)) + strided(k, (8, 16), (0, leading))
+            else:
+                offset = strided(row, (8, 2), (wide, 16), (0, leading)) + strided(k, (8, wide * 16), (0, stride))
+            address = start + offset
+            address ^= (address >> 7 & wide - 1) << 4
+            memory[address - 1024 : address - 1022] = np.frombuffer(number.tobytes(), np.uint8)
+        descriptors.append(start >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | mode << 62)
+    body = MULTIPLY.format(
+        chunks=memory.size // 16, columns=columns, across=int(across), a=descriptors[0], b=descriptors[1]
+    )
+    launch = Launch("tried", (0, 1), (1, 1, 1), (128, 1, 1), memory.size)
+    source = replace(kernel(body, 128), launches=(launch,))
+    y = np.zeros((64, columns), np.float32)
+    Emulator([source], tmp_path).run(source, [memory, y])
+    np.testing.assert_array_equal(y, a.astype(np.float32) @ b.astype(np.float32).T)

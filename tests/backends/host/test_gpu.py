@@ -59,7 +59,7 @@ def test_lists_the_gpus(tmp_path: Path) -> None:
         ("sm_75", None),
         ("sm_80", "cuda:sm_80"),
         ("sm_87", "cuda:sm_86"),
-        ("sm_90", "cuda:sm_90"),
+        ("sm_90", "cuda:sm_90a"),
         ("sm_120", "cuda:sm_90"),
     ],
 )
