@@ -215,7 +215,7 @@ def _mma_cycles(tile: MmaParams, here: int, target: Target) -> float:
 
 
 def _wgmma_cycles(tile: WgmmaParams, here: int) -> float:
-    """Estimate the same where groups of warps multiply, while they go on."""
+    """Estimate the same where groups of warps multiply; while one goes from stage to stage, others go on."""
     products = tile.rows // GROUP_ROWS * (tile.depth // 2)
     return products * tile.columns / _WGMMA_COLUMNS_A_CYCLE + _WGMMA_CYCLES_OF_STEP / (here * tile.groups)
 
