@@ -98,23 +98,25 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Fused, dict[str, CudaSource], Emulator]:
-    """A kernel as it is (under ""), and with each fault."""
+    """A kernel with each fault; as it is, it is right."""
     fused = kernel(Case((1, 192, 6, 6), (64, 192, 3, 3), pad=(1, 1, 1, 1)), nothing, DType.F16)
-    sources = {"": source_of(CONV, fused, WgmmaParams(128, 64, 2, 4), "whole")}
+    whole = source_of(CONV, fused, WgmmaParams(128, 64, 2, 4), "whole")
+    sources = {"": whole}
     for number, (fault, change) in enumerate(FAULTS.items()):
-        text = re.sub(*change, sources[""].text)
-        assert text != sources[""].text, fault
-        symbol = f"fault{number}"
-        launches = tuple(replace(launch, function=f"{symbol}_kernel") for launch in sources[""].launches)
-        sources[fault] = CudaSource(symbol, text.replace("whole_kernel", f"{symbol}_kernel"), launches)
-    return fused, sources, Emulator(list(sources.values()), tmp_path_factory.mktemp("faults"))
+        text = re.sub(*change, whole.text)
+        assert text != whole.text, fault
+        function = f"fault{number}_kernel"
+        launches = tuple(replace(launch, function=function) for launch in whole.launches)
+        sources[fault] = CudaSource(fault, text.replace("whole_kernel", function), launches)
+    emulator = Emulator(list(sources.values()), tmp_path_factory.mktemp("faults"))
+    check(emulator, whole, fused, np.random.default_rng(1))
+    return fused, sources, emulator
 
 
 @needs_gxx
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_would_show(fault: str, faulty: tuple[Fused, dict[str, CudaSource], Emulator]) -> None:
     fused, sources, emulator = faulty
-    check(emulator, sources[""], fused, np.random.default_rng(1))
     with pytest.raises(AssertionError):
         check(emulator, sources[fault], fused, np.random.default_rng(1))
 
