@@ -16,15 +16,16 @@ from cnnc.errors import VerifyError
 
 TEMPLATES: tuple[Template, ...] = (
     ConvGemm(),
-    ConvMma(),
     ConvWgmma(),
-    MatMulMma(),
+    ConvMma(),
     MatMulWgmma(),
+    MatMulMma(),
     MatVec(),
     AttentionTemplate(),
     Rows(),
     Generic(),
 )
+"""Of schedules that cost the same the first is taken: where reading is the limit, that which has less to issue."""
 
 
 def template(name: str) -> Template:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -172,12 +173,14 @@ def compile_example(network: str, target: str, dtype: str, folder: Path) -> None
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("dtype", ["f16", "tf32"])
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_resnet50_is_on_tensor_cores_and_in_registers(arch: str, dtype: str) -> None:
-    options = Options(target=f"cuda:{arch}", dtype=dtype, batch=1)
+@pytest.mark.parametrize(("arch", "batch"), [("sm_80", 1), ("sm_90", 1), ("sm_90a", 8)])
+def test_resnet50_is_on_tensor_cores_and_in_registers(arch: str, batch: int, dtype: str) -> None:
+    options = Options(target=f"cuda:{arch}", dtype=dtype, batch=batch)
     lowered = lower(load_graphs(f"{ROOT / 'examples/resnet.py'}:resnet50", options), options, Report())
     kernels = [node.op for node in lowered.graphs[0].nodes if isinstance(node.op, Fused)]
-    assert [k.schedule.template for k in kernels if k.anchor == "conv"] == ["conv_mma"] * 53
+    templates = Counter(k.schedule.template for k in kernels if k.anchor == "conv" and k.schedule)
+    assert templates["conv_mma"] + templates["conv_wgmma"] == templates.total() == 53
+    assert (templates["conv_wgmma"] > 26) == (arch == "sm_90a" and dtype == "f16")
     for kernel in {print_graph(anonymous(k.body)): k for k in kernels}.values():
         done = compiled(kernel_job("hot", kernel, lowered.target).make(), lowered.target)
         assert all(u.stack_bytes == u.spill_bytes == 0 for u in done.usage), kernel
