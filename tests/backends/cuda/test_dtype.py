@@ -95,7 +95,7 @@ def test_a_binary_is_what_its_graph_says(level: int, fake_gpu: FakeGpu, tmp_path
     feeds = feeds_of(graph, level)
     results, _ = fake_gpu.run(tmp_path / "net.so", feeds)
     assert module.build is not None
-    (own,) = evaluate(module.build.graphs[0], feeds).values()
+    (own,) = evaluate(module.build.graphs[0], feeds, precise=True).values()
     (wanted,) = evaluate(graph, feeds, precise=True).values()
     (got,) = results.values()
     # An activation between two numbers of f16 may be rounded either way.
@@ -111,7 +111,7 @@ def test_several_batch_sizes(fake_gpu: FakeGpu, tmp_path: Path) -> None:
     for batch, own in zip((1, 3), module.build.graphs, strict=True):
         feeds = feeds_of(net.with_batch(batch).graph(), batch)
         (got,) = fake_gpu.run(tmp_path / "net.so", feeds)[0].values()
-        (wanted,) = evaluate(own, feeds).values()
+        (wanted,) = evaluate(own, feeds, precise=True).values()
         assert relative_error(got, wanted) < 2e-4
 
 
