@@ -6,16 +6,17 @@ Every operator that takes blocked tensors (its `infer_layout` says so) has a cos
 cost of being changed from its maker's layout to its readers', paid once however many they are.  The cheapest
 assignment of the two labels is a minimum cut; NeoCPU (USENIX ATC'19, section 3.3) sets the same problem and solves it
 by dynamic programming, approximately where the graph is no chain.  Transforms of constants are done here, so weights
-change nothing but their declared layout.  A convolution of few channels, as the first one, reads plain data itself.
+change nothing but their declared layout.  A convolution of few channels, as the first one, reads plain data itself; on
+tensor cores where a template of the back end is for that.
 
 Of graphs of one network for several batch sizes the first decides how each weight lies, and the others follow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from cnnc.errors import ShapeError
 from cnnc.ir.build import call, infer_types
@@ -43,12 +44,24 @@ Decisions: TypeAlias = dict[tuple[Op, Op], tuple[Layout | None, ...]]
 """The layouts of the inputs of each convolution so far, by itself and its weight."""
 
 
+@runtime_checkable
+class ReadsPlain(Protocol):
+    """A kernel template for convolutions that read a plain image though their result lies in blocks."""
+
+    def prefers_plain(self, node: Node, block: int, target: Target) -> bool:
+        """Whether that is better than to change the image's layout, and then to use tensor cores."""
+
+
 @dataclass(frozen=True)
 class Form:
-    """The blocked layout a graph may use: channels in a block, and whether convolutions are for tensor cores."""
+    """The blocked layout a graph may use: channels in a block, and whether convolutions are for tensor cores.
+
+    `reads_plain` says which of those should read an image as it comes all the same.
+    """
 
     block: int
     tensor_cores: bool = False
+    reads_plain: Callable[[Node], bool] = lambda node: False
 
 
 RANK = 4
@@ -72,10 +85,12 @@ class AssignLayouts(Pass):
     """Assign layouts; `block` is the channel block, by default the lanes of the target's vectors.
 
     `tensor_cores` is for GPUs whose convolutions read blocks of 16 bytes, and weights that lie as their tiles do.
+    `templates` are the back end's, of which those that `ReadsPlain` are asked about images.
     """
 
     block: int = 0
     tensor_cores: bool = False
+    templates: tuple[object, ...] = field(default=(), metadata={"option": False})
 
     def run(self, graph: Graph, target: Target) -> Graph:
         """Give the graph with layouts chosen and transforms put in.
@@ -89,7 +104,12 @@ class AssignLayouts(Pass):
         """Choose for the first graph; the others follow it in how weights lie."""
         if target.is_gpu != self.tensor_cores:
             return tuple(graphs)
-        form = Form(self.block or target.vector_lanes, self.tensor_cores)
+        block, asked = self.block or target.vector_lanes, [t for t in self.templates if isinstance(t, ReadsPlain)]
+
+        def reads_plain(node: Node) -> bool:
+            return _comes_plain(node.inputs[0]) and any(t.prefers_plain(node, block, target) for t in asked)
+
+        form = Form(block, self.tensor_cores, reads_plain)
         if form.block == 1 or any(isinstance(node.op, Fused) for graph in graphs for node in graph.nodes):
             return tuple(graphs)
         decided: Decisions | None = {} if len(graphs) > 1 else None
@@ -149,7 +169,8 @@ def _conv_layouts(node: Node, form: Form, plain: bool = False) -> tuple[Layout |
     Transformed weights are wanted as HWOI{b}i{b}o, those for tensor cores as HWIO{b}i.
     """
     w, block = node.inputs[1].type, form.block
-    if form.tensor_cores and isinstance(node.op, Conv) and fills_tiles(node.op, w, block):
+    plain = plain or (form.tensor_cores and form.reads_plain(node))
+    if form.tensor_cores and not plain and isinstance(node.op, Conv) and fills_tiles(node.op, w, block):
         return (channel_layout(w.rank, block), tile_layout(w.rank, block), *(None for _ in node.inputs[2:]))
     if isinstance(node.op, Conv) and node.op.tile is not None:
         return (channel_layout(w.rank, block), winograd_layout(block, block), *(None for _ in node.inputs[2:]))
@@ -158,6 +179,19 @@ def _conv_layouts(node: Node, form: Form, plain: bool = False) -> tuple[Layout |
     reads_plain = plain or (_is_dense(node) and channels < block and not _reads_either(node, form))
     weights = weight_layout(w.rank, 1 if inside or reads_plain else block, block)
     return (None if reads_plain else channel_layout(w.rank, block), weights, *(None for _ in node.inputs[2:]))
+
+
+def _comes_plain(v: Value) -> bool:
+    """Whether a value is the network's, or follows from such, element by element: nothing before it is blocked."""
+    pending, seen = [v.node], {v.node}
+    while pending:
+        node = pending.pop()
+        if node.inputs and node.op.kind is not Kind.ELEMENTWISE:
+            return False
+        before = {value.node for value in node.inputs} - seen
+        seen |= before
+        pending += before
+    return True
 
 
 def _is_dense(node: Node) -> bool:

@@ -12,7 +12,7 @@ computed in, which kernels see to: just after fusion.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ def pipeline(
         "records": records or no_records,
         "memory": memory or NoMemory(),
     }
+    asked: dict[str, Any] = {"templates": tuple(templates)}
     if passes is not None:
         if weights is not DType.F32:
             wanted = f"narrow_weights{{dtype={weights}}} before fuse"
@@ -82,7 +83,7 @@ def pipeline(
         if dtype != "f32":
             wanted = print_passes(_narrowing(dtype, tensor_cores)) + " after fuse"
             raise UsageError(f"dtype={dtype} does not go with a list of passes; put {wanted} into the list")
-        given = parse_passes(passes, {"tile": handed_in, "fuse": {"templates": tuple(templates)}})
+        given = parse_passes(passes, {"tile": handed_in, "fuse": asked, "assign_layouts": asked})
         return tuple(_bounded(p, exact, small) if isinstance(p, ChooseAlgorithm) else p for p in given)
     if level not in LEVELS:
         raise UsageError(f"optimisation level {level} does not exist; use one of {', '.join(map(str, LEVELS))}")
@@ -96,15 +97,15 @@ def pipeline(
     if level >= 3:
         chosen += [_bounded(ChooseAlgorithm(weights=stored, dtype=dtype), exact, small), FoldConstants()]
     if level >= 2:
-        chosen += [_layouts(dtype, tensor_cores), PackWeights(), Cse()]
-    return (*chosen, *narrow, Fuse(templates=tuple(templates)), *_narrowing(dtype, tensor_cores), PlaceConcats(), tile)
+        chosen += [_layouts(dtype, tensor_cores, asked), PackWeights(), Cse()]
+    return (*chosen, *narrow, Fuse(**asked), *_narrowing(dtype, tensor_cores), PlaceConcats(), tile)
 
 
-def _layouts(dtype: str, tensor_cores: bool) -> AssignLayouts:
+def _layouts(dtype: str, tensor_cores: bool, asked: Mapping[str, Any]) -> AssignLayouts:
     """Choose layouts for the products of a type: what tensor cores multiply lies in blocks of 16 bytes."""
     if dtype == "f32" or not tensor_cores:
         return AssignLayouts()
-    return AssignLayouts(block=8 if dtype in NARROW else 4, tensor_cores=True)
+    return AssignLayouts(block=8 if dtype in NARROW else 4, tensor_cores=True, **asked)
 
 
 def _narrowing(dtype: str, tensor_cores: bool) -> tuple[Pass, ...]:

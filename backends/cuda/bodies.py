@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from cnnc.backends.lower.body import Body
 from cnnc.backends.lower.kernel import lower_after, lower_values, placeholder
 from cnnc.errors import VerifyError
-from cnnc.ir.graph import Node
+from cnnc.ir.graph import Node, Value
 from cnnc.ops.fused import Fused
 
 
-def body_around(kernel: Fused, anchor: Node) -> Body:
-    """Give the expressions of a kernel whose one reduction is the anchor's sums."""
+def body_around(kernel: Fused, anchor: Node, operands: Sequence[Value] = ()) -> Body:
+    """Give the expressions of a kernel whose one reduction is the anchor's sums, and those of some operands."""
     inputs = {value: placeholder(value.type, f"x{i}") for i, value in enumerate(kernel.body.inputs)}
     (output,) = kernel.body.outputs
-    final = lower_values([output], inputs)[output]
-    return Body(tuple(inputs.values()), (), _sums(final, anchor), final)
+    values = lower_values([output], inputs)
+    final = values[output]
+    return Body(tuple(inputs.values()), tuple(values[v] for v in operands), _sums(final, anchor), final)
 
 
 def body_after(kernel: Fused, anchor: Node) -> Body:

@@ -182,10 +182,16 @@ def _with_own_prelude(text: str) -> str:
     start = text.index(_KERNEL)
     functions = text[start:]
     includes: Sequence[str] = [
-        f"#include <{header}>\n"
+        f"#include <{header}>\n{_vector_of_four(word) if f'{word}4' in functions else ''}"
         for word, header in (("half", "cuda_fp16.h"), ("nv_bfloat16", "cuda_bf16.h"))
         if word in functions
     ]
     asynchronous = tensor_cores.SOURCE if tensor_cores.PREFIX in functions else ""
     warpgroups = wgmma.source(functions) if wgmma.PREFIX in functions else ""
     return _PRELUDE + "".join(includes) + asynchronous + warpgroups + functions
+
+
+def _vector_of_four(element: str) -> str:
+    """Define a vector that CUDA has for f32 only, loaded and stored at once."""
+    guard = f"CNNC_{element.upper()}4"
+    return f"#ifndef {guard}\n#define {guard}\nstruct __align__(8) {element}4 {{ {element} x, y, z, w; }};\n#endif\n"

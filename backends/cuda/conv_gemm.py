@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from cnnc.backends.cuda.flat_epilogue import FlatKernel, flat_kernel
-from cnnc.backends.cuda.machine import MULTIPROCESSORS, SECONDS_PER_LAUNCH
+from cnnc.backends.cuda.machine import COPY, LATENCY, MULTIPROCESSORS, SECONDS_PER_LAUNCH, sustained_flops
 from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.ops.fused import Fused, Schedule
 from cnnc.target import Target
 
-_FLOPS_PER_SECOND = 1e13
-"""What blocks of threads compute when all multiprocessors have some."""
+_CHAIN = 3
+"""Loads that a block waits for at least, one after the other: of both operands, and of a bias."""
 
 MOST_IMAGES = 65535
 """Blocks of a grid along its third dimension."""
@@ -78,17 +78,20 @@ class ConvGemm:
         return [schedule_of(self.name, tile) for tile in TILES]
 
     def cost(self, kernel: Fused, schedule: Schedule, target: Target) -> float:
-        """Estimate seconds: the arithmetic, zeros included, of the multiprocessors that have the most blocks."""
+        """Estimate seconds: arithmetic, zeros included, and copies of the multiprocessors that have the most blocks."""
         tile = params_of(GemmParams, schedule)
         shape = _shape(_matched(kernel))
         blocks = shape.images * _ceil(shape.rows, tile.rows) * _ceil(shape.columns, tile.columns)
         multiprocessors = MULTIPROCESSORS[target.arch]
         rounds = _ceil(blocks, multiprocessors)
-        flops = 2 * tile.rows * tile.columns * _ceil(shape.depth, tile.depth) * tile.depth
+        depth = _ceil(shape.depth, tile.depth) * tile.depth
+        flops = 2 * tile.rows * tile.columns * depth
         # For each term a thread loads a row and a column of its tile; a load takes as long as an addition.
         a, b = tile.thread_rows, tile.thread_columns
-        seconds = rounds * flops * (1 + (a + b) / (a * b)) / (_FLOPS_PER_SECOND / multiprocessors)
-        return seconds + SECONDS_PER_LAUNCH
+        copies = 2 * COPY * (tile.rows + tile.columns) * depth
+        operations = flops * (1 + (a + b) / (a * b)) + copies
+        issue = rounds * operations / (sustained_flops(target.arch) / multiprocessors)
+        return max(issue, _CHAIN * LATENCY) + SECONDS_PER_LAUNCH
 
     def build(self, kernel: Fused, schedule: Schedule, target: Target) -> Any:
         """Give the scheduled PrimFunc over the kernel's inputs, then its output."""

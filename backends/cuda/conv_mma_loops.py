@@ -9,7 +9,7 @@ from tvm import tirx
 
 from cnnc.backends.cuda.bodies import body_around
 from cnnc.backends.cuda.conv_mma import MmaConv, shape_of
-from cnnc.backends.cuda.launches import address
+from cnnc.backends.cuda.launches import address, within
 from cnnc.backends.cuda.mma_launch import Product, product_func
 from cnnc.backends.cuda.mma_params import BlockTile, MmaShape
 from cnnc.backends.cuda.mma_ring import Operand
@@ -49,17 +49,12 @@ def _image(found: MmaConv, x: Any, group: Any) -> Callable[[Any, Any], tuple[Any
         h = pixel // ow % oh * sh - top + tap // kw * dh
         w = pixel % ow * sw - left + tap % kw * dw
         valid = [pixel < images * oh * ow, tap < kh * kw]
-        valid += _inside(h, top, (oh - 1) * sh - top + (kh - 1) * dh, height)
-        valid += _inside(w, left, (ow - 1) * sw - left + (kw - 1) * dw, width)
+        valid += within(h, -top, (oh - 1) * sh - top + (kh - 1) * dh, height)
+        valid += within(w, -left, (ow - 1) * sw - left + (kw - 1) * dw, width)
         # Where it is not valid, the address is not used.
         return address(x, pixel // (oh * ow), group * blocks + block, h, w, 0), tirx.all(*valid)
 
     return chunk_at
-
-
-def _inside(index: Any, before: int, last: int, extent: int) -> list[Any]:
-    """Write the conditions for an index to be in an image, as far as padding makes them needed."""
-    return [*([index >= 0] if before > 0 else []), *([index < extent] if last >= extent else [])]
 
 
 def _weight(found: MmaConv, w: Any, shape: MmaShape, group: Any) -> Callable[[Any, Any], tuple[Any, Any]]:

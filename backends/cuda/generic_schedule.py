@@ -15,6 +15,7 @@ from typing import Any
 
 from tvm import s_tir, tirx
 
+from cnnc.backends.cuda.generic import LONG_SUM, MANY_OUTPUTS, THREADS
 from cnnc.backends.lower.stages import (
     REDUCED,
     SPATIAL,
@@ -27,15 +28,6 @@ from cnnc.backends.lower.stages import (
     uses,
     volume,
 )
-
-THREADS = 256
-"""Threads of a block, at most."""
-
-MANY_OUTPUTS = 1 << 16
-"""Outputs from which a thread for each fills a GPU."""
-
-LONG_SUM = 64
-"""Terms from which a sum is worth a block of threads."""
 
 WARP = 32
 """Threads that hand each other numbers without a barrier: no fewer share a sum."""

@@ -10,7 +10,7 @@ from tvm import tirx
 
 from cnnc.backends.lower import loops
 
-__all__ = ["address", "barrier", "call", "launch", "position", "reduce_lanes"]
+__all__ = ["address", "barrier", "call", "launch", "position", "reduce_lanes", "within"]
 
 _BLOCKS = ("blockIdx.x", "blockIdx.y", "blockIdx.z")
 
@@ -44,10 +44,10 @@ def barrier() -> Any:
 def position(extents: Sequence[int], number: Any) -> list[Any]:
     """Give the index along each axis, of a number that counts through all of them."""
     indices: list[Any] = []
-    for extent in reversed(extents):
+    for extent in reversed(extents[1:]):
         indices.insert(0, number % extent)
         number = number // extent
-    return indices
+    return [number, *indices]
 
 
 _ALL_LANES = 0xFFFFFFFF
@@ -68,3 +68,8 @@ def reduce_lanes(buffer: Any, index: Any, combine: Callable[[Any, Any], Any], la
         steps.append(loops.store(buffer, combine(own, other), index))
         distance //= 2
     return loops.sequence(*steps)
+
+
+def within(index: Any, least: int, most: int, extent: int) -> list[Any]:
+    """Write the conditions for an index that may be from `least` to `most` to be in [0, extent)."""
+    return [*([index >= 0] if least < 0 else []), *([index < extent] if most >= extent else [])]

@@ -102,3 +102,15 @@ SECONDS_PER_LAUNCH = 2e-6
 
 NOT_HIDDEN = 0.05
 """The share of each bound of a kernel that goes on top of the highest: they do not overlap altogether."""
+
+
+def sustained_flops(arch: str) -> float:
+    """Give the f32 operations a second that kernels come to on ordinary cores when all multiprocessors have blocks."""
+    return GPUS[arch].flops / 2
+
+
+COPY = 25
+"""Instructions to put a number of an operand into shared memory: its index, its conditions, its address."""
+
+LATENCY = 5e-7
+"""Seconds from a load that misses the caches to its use."""

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from cnnc.backends.cuda.attention import AttentionTemplate
+from cnnc.backends.cuda.conv_first import ConvFirst
 from cnnc.backends.cuda.conv_gemm import ConvGemm
 from cnnc.backends.cuda.conv_mma import ConvMma
 from cnnc.backends.cuda.conv_wgmma import ConvWgmma
+from cnnc.backends.cuda.depthwise import Depthwise
 from cnnc.backends.cuda.generic import Generic
 from cnnc.backends.cuda.matmul_mma import MatMulMma
 from cnnc.backends.cuda.matmul_wgmma import MatMulWgmma
 from cnnc.backends.cuda.matvec import MatVec
+from cnnc.backends.cuda.pool import GlobalPool, Pool
 from cnnc.backends.cuda.rows import Rows
 from cnnc.backends.lower.template import Template
 from cnnc.errors import VerifyError
 
 TEMPLATES: tuple[Template, ...] = (
+    ConvFirst(),
     ConvGemm(),
     ConvWgmma(),
     ConvMma(),
+    Depthwise(),
     MatMulWgmma(),
     MatMulMma(),
     MatVec(),
+    Pool(),
+    GlobalPool(),
     AttentionTemplate(),
     Rows(),
     Generic(),

@@ -97,15 +97,15 @@ class BoundBody:
 
         return read(self.body.final, [loops.const(index) for index in indices])
 
-    def operand(self, indices: Sequence[Any]) -> Any:
-        """Give the expression of the first operand at `indices`, from the kernel's inputs."""
+    def operand(self, indices: Sequence[Any], which: int = 0) -> Any:
+        """Give the expression of an operand, by default the first one, at `indices`, from the kernel's inputs."""
 
         def read(tensor: Any, at: Sequence[Any]) -> Any:
             if tensor in self.buffers:
                 return tirx.BufferLoad(self.buffers[tensor], list(at))
             return _inlined(tensor, at, read, self.body.guards_lanes_only)
 
-        return read(self.body.operands[0], [loops.const(index) for index in indices])
+        return read(self.body.operands[which], [loops.const(index) for index in indices])
 
 
 _CALL = type(tirx.exp(tirx.const(0.0, "float32")))

@@ -282,6 +282,28 @@ def test_tensor_cores_read_every_image_in_blocks(rng):
     assert operators(done) == ["layout_transform", "conv", "relu", "conv", "add", "conv", "layout_transform"]
 
 
+class ReadsFewChannels:
+    """A back end's template that is better at images of up to `most` channels."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+    def prefers_plain(self, node: Node, block: int, target: Target) -> bool:
+        assert (block, target) == (8, GPU)
+        return node.inputs[0].type.static_shape[1] <= self.most
+
+
+@pytest.mark.parametrize("most", [2, 3, 99])
+def test_a_template_may_read_a_plain_image_beside_tensor_cores(rng, most):
+    """But not one that comes from a convolution in blocks."""
+    y = call(Relu(), conv(image(1, 3, 24, 24), weights(rng, 16, 3, 3, 3), weights(rng, 16), stride=2))
+    graph = graph_of(conv(y, weights(rng, 16, 16, 3, 3)))
+    done = check(AssignLayouts(block=8, tensor_cores=True, templates=(ReadsFewChannels(most),)), graph, rng, GPU)
+    found = [[str(v.type.layout) for v in n.inputs[:2]] for n in done.nodes if isinstance(n.op, Conv)]
+    assert found == [["NCHW8c", "HWIO8i"] if most < 3 else ["None", "OIHW8o"], ["NCHW8c", "HWIO8i"]]
+    assert transforms(done) == (2 if most < 3 else 1)
+
+
 def test_blocks_for_tensor_cores_are_for_gpus_and_others_for_cpus(rng):
     graph = graph_of(conv(image(1, 16, 12, 12), weights(rng, 16, 16, 3, 3)))
     for step, target in ((TENSOR_CORES, TARGET), (AssignLayouts(block=8), GPU), (AssignLayouts(), GPU)):

@@ -12,3 +12,5 @@ static inline float __bfloat162float(nv_bfloat16 value) { return float(value); }
 static inline nv_bfloat16 __float2bfloat16_rn(float value) { return nv_bfloat16(value); }
 
 struct __attribute__((aligned(4))) nv_bfloat162 { nv_bfloat16 x, y; };
+#define CNNC_NV_BFLOAT164
+struct __attribute__((aligned(8))) nv_bfloat164 { nv_bfloat16 x, y, z, w; };
