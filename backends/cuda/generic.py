@@ -33,8 +33,8 @@ _IN_FLIGHT = 8
 _SHARING = 400
 """Operations' worth of time that a block takes to add up what its threads found."""
 
-_REDUCTIONS = {"attention": 4, "softmax": 2, "log_softmax": 2, "layer_norm": 2}
-"""Stages that reduce, of operators that have several."""
+_REDUCTIONS = {"attention": 4, "softmax": 2, "log_softmax": 2, "layer_norm": 2, "rms_norm": 1}
+"""Stages that reduce, each in a launch of its own, of operators that go on with what they find."""
 
 
 @dataclass(frozen=True)

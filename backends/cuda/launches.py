@@ -42,12 +42,12 @@ def barrier() -> Any:
 
 
 def position(extents: Sequence[int], number: Any) -> list[Any]:
-    """Give the index along each axis, of a number that counts through all of them."""
+    """Give the index along each axis, of a number that counts through all of them; it is below their product."""
     indices: list[Any] = []
     for extent in reversed(extents[1:]):
         indices.insert(0, number % extent)
         number = number // extent
-    return [number, *indices]
+    return [number, *indices] if extents else []
 
 
 _ALL_LANES = 0xFFFFFFFF

@@ -15,6 +15,7 @@ from cnnc.backends.host.header import emit_header
 from cnnc.cli.main import run
 from cnnc.cli.precision import BUDGET
 from cnnc.frontends.dsl import Tensor, conv, flatten, linear, load_network, network, relu
+from cnnc.ir.graph import Graph
 from cnnc.ir.interp import evaluate
 from cnnc.ops.fused import Fused
 from cnnc.profiler.accuracy import relative_error
@@ -92,15 +93,24 @@ def test_a_binary_is_what_its_graph_says(level: int, fake_gpu: FakeGpu, tmp_path
     graph = load_network(LENET).init(seed=2).graph()
     module = cnnc.compile(graph, target="cuda:sm_90", dtype="f16", level=level)
     module.save(tmp_path / "net.so")
-    feeds = feeds_of(graph, level)
-    results, _ = fake_gpu.run(tmp_path / "net.so", feeds)
     assert module.build is not None
-    (own,) = evaluate(module.build.graphs[0], feeds, precise=True).values()
-    (wanted,) = evaluate(graph, feeds, precise=True).values()
-    (got,) = results.values()
-    # An activation between two numbers of f16 may be rounded either way.
-    assert relative_error(got, own) < 2e-4
-    assert relative_error(own, wanted) > 1e-5
+    check_roundings(fake_gpu, tmp_path / "net.so", graph, module.build.graphs[0])
+
+
+def check_roundings(gpu: FakeGpu, library: Path, graph: Graph, narrow: Graph) -> None:
+    """Compare a binary with its graph, where types are narrow, and that with the one it was made of."""
+    errors = []
+    for seed in range(5):
+        feeds = feeds_of(graph, seed)
+        (got,) = gpu.run(library, feeds)[0].values()
+        (own,) = evaluate(narrow, feeds, precise=True).values()
+        (wanted,) = evaluate(graph, feeds, precise=True).values()
+        errors.append(relative_error(got, own))
+        assert relative_error(own, wanted) > 1e-5
+    # An activation just between two numbers of f16 may be rounded either way, and what follows differs by so much;
+    # most inputs give no such activation.
+    assert sorted(errors)[len(errors) // 2] < 2e-4
+    assert max(errors) < 1e-3
 
 
 def test_several_batch_sizes(fake_gpu: FakeGpu, tmp_path: Path) -> None:
@@ -109,10 +119,7 @@ def test_several_batch_sizes(fake_gpu: FakeGpu, tmp_path: Path) -> None:
     module.save(tmp_path / "net.so")
     assert module.build is not None
     for batch, own in zip((1, 3), module.build.graphs, strict=True):
-        feeds = feeds_of(net.with_batch(batch).graph(), batch)
-        (got,) = fake_gpu.run(tmp_path / "net.so", feeds)[0].values()
-        (wanted,) = evaluate(own, feeds, precise=True).values()
-        assert relative_error(got, wanted) < 2e-4
+        check_roundings(fake_gpu, tmp_path / "net.so", net.with_batch(batch).graph(), own)
 
 
 def test_the_types_in_memory(tmp_path: Path) -> None:
