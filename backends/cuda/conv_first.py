@@ -19,10 +19,10 @@ from itertools import product
 from typing import Any
 
 from cnnc.backends.cuda.conv_gemm import MOST_IMAGES
-from cnnc.backends.cuda.direct import STORED, VECTOR, Work, image_block, moved_bytes, seconds
+from cnnc.backends.cuda.direct import VECTOR, Work, image_block, moved_bytes, seconds
 from cnnc.backends.cuda.first_layout import is_cheaper_plain
-from cnnc.backends.cuda.machine import COPY, GPUS
-from cnnc.backends.cuda.mma_operands import follows_in_registers
+from cnnc.backends.cuda.machine import COPY, GPUS, LANES
+from cnnc.backends.cuda.operands import STORED, follows_in_registers
 from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.ir.graph import Graph, Node, Value
 from cnnc.ops.blocked import weight_layout
@@ -32,7 +32,6 @@ from cnnc.ops.fused import Fused, Schedule
 from cnnc.ops.round_tf32 import RoundTf32
 from cnnc.target import Target
 
-LANES = 32
 MOST_CHANNELS = 4
 """Of the input."""
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from cnnc.backends.cuda.direct import STORED, image_block, stored_operand
-from cnnc.backends.cuda.mma_operands import follows_in_registers
+from cnnc.backends.cuda.direct import image_block
+from cnnc.backends.cuda.operands import STORED, follows_in_registers, stored_operand
 from cnnc.backends.cuda.strips import MOST_TAPS, StripParams, Windows
 from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.ir.graph import Value

@@ -6,29 +6,17 @@ import math
 from dataclasses import dataclass
 
 from cnnc.backends.cuda.machine import GPUS, LATENCY, MULTIPROCESSORS, SECONDS_PER_LAUNCH, sustained_flops
-from cnnc.ir.graph import Graph, Value
-from cnnc.ir.types import DType, TensorType
+from cnnc.ir.types import TensorType
 from cnnc.ops.blocked import channel_layout
-from cnnc.ops.cast import Cast
 from cnnc.ops.fused import Fused
 from cnnc.target import Target
 
 VECTOR = 4
 """Neighbours that a thread loads at once: 16 bytes of f32, 8 of the narrow types."""
 
-STORED = (DType.F32, DType.F16, DType.BF16)
-"""What operands are stored in; sums are f32."""
-
 _RANK = 4
 _BUSY_WARPS = 4
 """Warps that keep a multiprocessor's units for arithmetic busy."""
-
-
-def stored_operand(operand: Value, body: Graph) -> Value | None:
-    """Give the input that an operand is, or is widened from; None where it is neither."""
-    widened = isinstance(operand.op, Cast) and operand.dtype is DType.F32
-    stored = operand.inputs[0] if widened else operand
-    return stored if stored in body.inputs and stored.dtype in STORED else None
 
 
 def image_block(type_: TensorType) -> int | None:

@@ -16,6 +16,7 @@ from typing import Any
 from tvm import s_tir, tirx
 
 from cnnc.backends.cuda.generic import LONG_SUM, MANY_OUTPUTS, THREADS
+from cnnc.backends.cuda.machine import LANES
 from cnnc.backends.lower.stages import (
     REDUCED,
     SPATIAL,
@@ -28,9 +29,6 @@ from cnnc.backends.lower.stages import (
     uses,
     volume,
 )
-
-WARP = 32
-"""Threads that hand each other numbers without a barrier: no fewer share a sum."""
 
 TERMS = 16
 """Terms a thread should have to add up by itself, where a sum is long enough."""
@@ -159,7 +157,7 @@ def _bind_sum(sch: Any, name: str) -> None:
     spatial, reduced = _loops(sch, name)
     terms = sch.fuse(*reduced)
     shares = int(sch.get(terms).extent) // TERMS
-    threads = min(THREADS, max(WARP, 1 << shares.bit_length()))
+    threads = min(THREADS, max(LANES, 1 << shares.bit_length()))
     output = sch.fuse(*spatial)
     _, lane = sch.split(terms, [None, threads])
     sch.bind(output, "blockIdx.x")

@@ -8,6 +8,7 @@ from typing import Any
 import tvm
 from tvm import tirx
 
+from cnnc.backends.cuda.machine import LANES
 from cnnc.backends.lower import loops
 
 __all__ = ["address", "barrier", "call", "launch", "position", "reduce_lanes", "within"]
@@ -51,10 +52,9 @@ def position(extents: Sequence[int], number: Any) -> list[Any]:
 
 
 _ALL_LANES = 0xFFFFFFFF
-_WARP = 32
 
 
-def reduce_lanes(buffer: Any, index: Any, combine: Callable[[Any, Any], Any], lanes: int = _WARP) -> Any:
+def reduce_lanes(buffer: Any, index: Any, combine: Callable[[Any, Any], Any], lanes: int = LANES) -> Any:
     """Combine a register of `lanes` neighbouring threads, a power of two; all get the same, but for NaN among maxima.
 
     All threads of the warp must come here.  `combine` is to be commutative.

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 from cnnc.target import CUDA_ARCHS
 
-_WARP = 32
+LANES = 32
+"""The threads of a warp."""
+
+CHUNK_BYTES = 16
+"""What a thread reads or copies at once, at most."""
+
 _REGISTERS = 1 << 16
 """Of a multiprocessor, and of a block at most."""
 
@@ -60,8 +65,8 @@ class Gpu:
         `registers` are of a thread, `shared_bytes` of a block, static and dynamic.  As NVIDIA's occupancy calculator
         has it.
         """
-        warps = _ceil(threads, _WARP)
-        of_a_warp = _ceil(max(registers, 1) * _WARP, _REGISTER_UNIT) * _REGISTER_UNIT
+        warps = _ceil(threads, LANES)
+        of_a_warp = _ceil(max(registers, 1) * LANES, _REGISTER_UNIT) * _REGISTER_UNIT
         fitting = _REGISTERS // _PARTITIONS // of_a_warp * _PARTITIONS
         shared = _ceil(shared_bytes + _SHARED_RESERVED, _SHARED_UNIT) * _SHARED_UNIT
         limits = {
@@ -76,7 +81,7 @@ class Gpu:
     def resident(self, threads: int, registers: int, shared_bytes: int) -> int:
         """Give how many such blocks a multiprocessor runs at once; 1 for those too large for any."""
         share, _ = self.occupancy(threads, registers, shared_bytes)
-        return max(1, round(share * self.warps / _ceil(threads, _WARP)))
+        return max(1, round(share * self.warps / _ceil(threads, LANES)))
 
 
 def _ceil(number: int, unit: int) -> int:

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
-from cnnc.backends.cuda.mma_operands import follows_in_registers, stored_for_mma
-from cnnc.backends.cuda.mma_params import CHUNK_BYTES, TILES, BlockTile, MmaParams, MmaShape, seconds
+from cnnc.backends.cuda.machine import CHUNK_BYTES
+from cnnc.backends.cuda.mma_operands import stored_for_mma
+from cnnc.backends.cuda.mma_params import TILES, BlockTile, MmaParams, MmaShape, seconds
+from cnnc.backends.cuda.operands import follows_in_registers
 from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.ir.graph import Node, Value
 from cnnc.ops.dense import Dense, MatMul

@@ -8,8 +8,8 @@ from tvm import tirx
 
 from cnnc.backends.cuda.bodies import body_around
 from cnnc.backends.cuda.launches import barrier, launch, position, reduce_lanes
+from cnnc.backends.cuda.machine import LANES
 from cnnc.backends.cuda.matvec import Layer, MatVecParams
-from cnnc.backends.cuda.operands import LANES
 from cnnc.backends.cuda.vectors import copy_vector
 from cnnc.backends.lower import loops
 from cnnc.ops.fused import Fused

@@ -7,14 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from cnnc.backends.cuda.machine import GPUS, MULTIPROCESSORS, NOT_HIDDEN, SECONDS_PER_LAUNCH
+from cnnc.backends.cuda.machine import CHUNK_BYTES, GPUS, LANES, MULTIPROCESSORS, NOT_HIDDEN, SECONDS_PER_LAUNCH
 from cnnc.ir.types import DType
 from cnnc.target import Target
 
-CHUNK_BYTES = 16
-"""What a thread copies at once, and a row of the matrices that tensor cores load."""
-
-LANES = 32
 MMA_ROWS, MMA_COLUMNS = 16, 8
 
 GROUP_THREADS = 4 * LANES

@@ -17,7 +17,8 @@ from tvm import tirx
 
 from cnnc.backends.cuda import tensor_cores
 from cnnc.backends.cuda.launches import address, barrier, call
-from cnnc.backends.cuda.mma_params import LANES, MMA_COLUMNS, MMA_ROWS, MmaParams
+from cnnc.backends.cuda.machine import LANES
+from cnnc.backends.cuda.mma_params import MMA_COLUMNS, MMA_ROWS, MmaParams
 from cnnc.backends.cuda.mma_ring import HALF_ROWS, Operand, Order, Ring, Store, Sums
 from cnnc.backends.lower import loops
 from cnnc.ir.types import DType

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from cnnc.backends.cuda.direct import STORED, VECTOR, Work, image_block, moved_bytes, seconds, stored_operand
-from cnnc.backends.cuda.mma_operands import follows_in_registers
+from cnnc.backends.cuda.direct import VECTOR, Work, image_block, moved_bytes, seconds
+from cnnc.backends.cuda.operands import STORED, follows_in_registers, stored_operand
 from cnnc.backends.cuda.strips import MOST_TAPS, StripParams, Windows
 from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.ir.graph import Node, Value

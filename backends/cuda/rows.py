@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from cnnc.backends.cuda.machine import GPUS, NOT_HIDDEN, SECONDS_PER_LAUNCH
-from cnnc.backends.cuda.mma_operands import follows_in_registers
-from cnnc.backends.cuda.operands import LANES, stored_operands, vector_of
+from cnnc.backends.cuda.machine import GPUS, LANES, NOT_HIDDEN, SECONDS_PER_LAUNCH
+from cnnc.backends.cuda.operands import follows_in_registers, stored_operands, vector_of
 from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.ir.graph import Node, Value
 from cnnc.ir.types import DType

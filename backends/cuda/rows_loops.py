@@ -11,7 +11,7 @@ from cnnc.backends.cuda.bodies import body_after
 from cnnc.backends.cuda.codegen import RESIDENT_BLOCKS
 from cnnc.backends.cuda.exponential import exp_of_difference
 from cnnc.backends.cuda.launches import barrier, launch, position, reduce_lanes
-from cnnc.backends.cuda.operands import LANES
+from cnnc.backends.cuda.machine import LANES
 from cnnc.backends.cuda.rows import RowKernel, RowParams
 from cnnc.backends.cuda.vectors import copy_vector
 from cnnc.backends.lower import loops, vector_math

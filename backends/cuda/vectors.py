@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cnnc.backends.cuda.operands import CHUNK_BYTES
+from cnnc.backends.cuda.machine import CHUNK_BYTES
 from cnnc.backends.lower import loops
 
 __all__ = ["copy_vector"]

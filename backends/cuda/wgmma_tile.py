@@ -17,16 +17,8 @@ from tvm import tirx
 
 from cnnc.backends.cuda import tensor_cores, wgmma
 from cnnc.backends.cuda.launches import address, barrier, call
-from cnnc.backends.cuda.mma_params import (
-    CHUNK_BYTES,
-    GROUP_ROWS,
-    GROUP_THREADS,
-    LANES,
-    MMA_COLUMNS,
-    MMA_ROWS,
-    SWIZZLED,
-    WgmmaParams,
-)
+from cnnc.backends.cuda.machine import CHUNK_BYTES, LANES
+from cnnc.backends.cuda.mma_params import GROUP_ROWS, GROUP_THREADS, MMA_COLUMNS, MMA_ROWS, SWIZZLED, WgmmaParams
 from cnnc.backends.cuda.mma_ring import HALF_ROWS, Operand, Ring, Sums
 from cnnc.backends.cuda.mma_tile import store_fragments
 from cnnc.backends.lower import loops
