@@ -93,6 +93,7 @@ def check_turns(template: Template, kernels: Sequence[Fused], folder: Path, turn
     rng = np.random.default_rng(len(jobs))
     for fused, source in jobs:
         check(emulator, source, fused, rng)
+        assert len(source.launches) == 1
         assert source.scratch_bytes == 0
 
 

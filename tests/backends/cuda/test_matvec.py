@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cnnc.backends.cuda.codegen import CudaSource, cuda_source
-from cnnc.backends.cuda.matvec import TILES, MatVec, MatVecParams, matched
+from cnnc.backends.cuda.matvec import MatVec, MatVecParams, matched
 from cnnc.backends.cuda.nvcc import compile_fatbin
 from cnnc.backends.cuda.templates import TEMPLATES
 from cnnc.backends.lower.template import Template, schedule_of
@@ -22,6 +22,7 @@ from cnnc.ops import Cast, Dense
 from cnnc.ops.fused import Fused, Schedule
 from cnnc.ops.source import Input
 from cnnc.target import CUDA_ARCHS, Target
+from tests.backends.cuda.direct_kernels import check_turns
 from tests.backends.cuda.disassembler import instructions, needs_disassembler
 from tests.backends.cuda.emulator import Emulator, needs_gxx
 from tests.backends.cuda.test_conv_mma import check
@@ -64,20 +65,8 @@ def source_of(fused: Fused, tile: MatVecParams, symbol: str, target: Target = TA
 
 
 @needs_gxx
-def test_tiles_compute_every_case(tmp_path: Path) -> None:
-    """Tiles take turns, so that each case meets two, and every number of each parameter several cases."""
-    jobs = []
-    for number, case in enumerate(CASES):
-        fused = kernel(*case)
-        for turn in (0, 1):
-            tile = TILES[(number * 11 + turn * 26) % len(TILES)]
-            jobs.append((fused, source_of(fused, tile, f"matvec{number}_{turn}")))
-    emulator = Emulator([source for _, source in jobs], tmp_path)
-    rng = np.random.default_rng(3)
-    for fused, source in jobs:
-        check(emulator, source, fused, rng)
-        assert len(source.launches) == 1
-        assert source.scratch_bytes == 0
+def test_schedules_compute_every_case(tmp_path: Path) -> None:
+    check_turns(TEMPLATE, [kernel(*case) for case in CASES], tmp_path)
 
 
 @needs_gxx

@@ -23,6 +23,7 @@ from cnnc.ops.fused import Fused
 from cnnc.ops.softmax import LogSoftmax
 from cnnc.ops.source import Input, constant
 from cnnc.target import CUDA_ARCHS, Target
+from tests.backends.cuda.direct_kernels import check_turns
 from tests.backends.cuda.disassembler import instructions, needs_disassembler
 from tests.backends.cuda.emulator import Emulator, needs_gxx
 from tests.backends.cuda.test_conv_mma import check
@@ -70,21 +71,8 @@ def source_of(fused: Fused, tile: RowParams, symbol: str, target: Target = TARGE
 
 
 @needs_gxx
-def test_tiles_compute_every_case(tmp_path: Path) -> None:
-    """The first and the last tile of those a case has."""
-    jobs = []
-    for number, case in enumerate(CASES):
-        fused = kernel(case)
-        schedules = list(TEMPLATE.space(fused, TARGET))
-        for turn in {number % len(schedules), len(schedules) - 1}:
-            tile = RowParams(**dict(schedules[turn].params))
-            jobs.append((fused, source_of(fused, tile, f"rows{number}_{turn}")))
-    emulator = Emulator([source for _, source in jobs], tmp_path)
-    rng = np.random.default_rng(3)
-    for fused, source in jobs:
-        check(emulator, source, fused, rng)
-        assert len(source.launches) == 1
-        assert source.scratch_bytes == 0
+def test_schedules_compute_every_case(tmp_path: Path) -> None:
+    check_turns(TEMPLATE, [kernel(case) for case in CASES], tmp_path)
 
 
 @needs_gxx
