@@ -4,9 +4,10 @@
 
 A slice splits its input into parts once, laid out so that 16 pixels of 32 channels are a tile for every tap (see
 planes.py), then goes through its blocks of output channels: up to four tiles of sums stay in registers for all taps and
-channels, and each tile of weights serves all of them.  Weights are split while the first pixels are multiplied by those
-before, in the shadow of the tile unit.  The parts, and why their products are as good as float32, are in bf16_parts.py.
-Any stride, padding and dilation; what is elementwise before the convolution is computed as its input is split.
+channels, and each tile of weights serves all of them.  Weights are split in the shadow of the tile unit: while the
+first pixels are multiplied by those two steps before, and the first of a block while the last pixels of the block
+before are.  The parts, and why their products are as good as float32, are in bf16_parts.py.  Any stride, padding and
+dilation; what is elementwise before the convolution is computed as its input is split.
 """
 
 from __future__ import annotations

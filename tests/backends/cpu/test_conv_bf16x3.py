@@ -66,6 +66,16 @@ def test_the_chosen_schedule_is_right(call_kernel: Any, tile_cpu: Any, name: str
     check(call_kernel, tile_cpu, SHAPES[name], best(SHAPES[name]), pieces=3)
 
 
+@pytest.mark.parametrize("channels", [16, 32, 48, 64, 100])
+@pytest.mark.parametrize(("rows", "tiles"), [(117, 2), (117, 3), (48, 3)])
+def test_weights_split_early_are_those_of_their_block(
+    call_kernel: Any, tile_cpu: Any, channels: int, rows: int, tiles: int
+) -> None:
+    """Few steps and several blocks of outputs, in one group of tiles, in groups of one size and of two."""
+    shape = ConvShape(1, channels, 9, 13, 72, 1, 1)
+    check(call_kernel, tile_cpu, shape, MatrixParams(rows, tiles, oc_blocks=3), pieces=2)
+
+
 @pytest.mark.parametrize("name", ["batch of 3, odd rows", "1x1", "asymmetric padding"])
 def test_every_schedule_is_right(call_kernel: Any, tile_cpu: Any, name: str) -> None:
     candidates = list(conv_bf16x3.space(SHAPES[name], AVX512))

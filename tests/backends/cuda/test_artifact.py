@@ -17,7 +17,6 @@ from cnnc.backends.host.header import emit_header
 from cnnc.backends.host.link import build_shared
 from cnnc.errors import EnvironmentProblem
 from cnnc.frontends.dsl import (
-    Network,
     Tensor,
     batch_norm,
     conv,
@@ -77,17 +76,6 @@ def build(graph: Graph, folder: Path, target: str = "cuda:sm_90", dtype: str = "
     return folder / "net.so"
 
 
-def check_network(
-    net: Network,
-    gpu: FakeGpu,
-    folder: Path,
-    dtype: str = "f32",
-    bound: float = 1e-5,
-    target: str = "cuda:sm_90",
-) -> None:
-    check_graph(net.graph(), gpu, folder, dtype, bound, target)
-
-
 def check_graph(
     graph: Graph,
     gpu: FakeGpu,
@@ -113,11 +101,11 @@ def check_graph(
 @pytest.mark.parametrize(("name", "batch"), [("lenet5", 1), ("simple_cnn", 2)])
 def test_small_networks(name: str, batch: int, fake_gpu: FakeGpu, tmp_path: Path) -> None:
     net = load_network(f"{EXAMPLES / name}.py:{name}").with_batch(batch)
-    check_network(net.init(seed=1), fake_gpu, tmp_path)
+    check_graph(net.init(seed=1).graph(), fake_gpu, tmp_path)
 
 
 def test_a_small_resnet(fake_gpu: FakeGpu, tmp_path: Path) -> None:
-    check_network(small_resnet(batch=2).init(seed=4), fake_gpu, tmp_path)
+    check_graph(small_resnet(batch=2).init(seed=4).graph(), fake_gpu, tmp_path)
 
 
 @network(x=(64, 28, 28))

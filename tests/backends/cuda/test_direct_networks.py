@@ -12,7 +12,7 @@ from cnnc.cli.main import run
 from cnnc.frontends.dsl import Tensor, conv, global_avg_pool, linear, max_pool, network, relu
 from tests.backends.cuda.artifacts import FakeGpu
 from tests.backends.cuda.emulator import needs_gxx
-from tests.backends.cuda.test_artifact import check_network
+from tests.backends.cuda.test_artifact import check_graph
 from tests.backends.cuda.test_dtype import BOUND
 
 pytestmark = [needs_gxx, pytest.mark.usefixtures("emulating_nvcc")]
@@ -33,7 +33,7 @@ def test_layers_are_computed_directly(dtype: str, pointwise: str, fake_gpu: Fake
     assert module.build is not None
     algorithms = [call.algorithm for call in module.build.program.calls]
     assert algorithms[:5] == ["conv_first", "pool", "depthwise", pointwise, "pool_global"]
-    check_network(net, fake_gpu, tmp_path, dtype, BOUND.get(dtype, 1e-5))
+    check_graph(net.graph(), fake_gpu, tmp_path, dtype, BOUND.get(dtype, 1e-5))
 
 
 def test_inspect_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from cnnc.profiler.accuracy import relative_error
 from cnnc.target import Target
 from tests.backends.cuda.artifacts import FakeGpu
 from tests.backends.cuda.emulator import needs_gxx
-from tests.backends.cuda.test_artifact import EXAMPLES, check_network, feeds_of, small_resnet
+from tests.backends.cuda.test_artifact import EXAMPLES, check_graph, feeds_of, small_resnet
 
 slow = pytest.mark.slow
 pytestmark = [needs_gxx, pytest.mark.usefixtures("emulating_nvcc")]
@@ -34,17 +34,17 @@ BOUND = {"tf32": 2e-3, "f16": 2e-3, "bf16": 1.5e-2}
 
 @pytest.mark.parametrize("dtype", ["tf32", "f16", pytest.param("bf16", marks=slow)])
 def test_lenet(dtype: str, fake_gpu: FakeGpu, tmp_path: Path) -> None:
-    check_network(load_network(LENET).init(seed=1), fake_gpu, tmp_path, dtype, BOUND[dtype])
+    check_graph(load_network(LENET).init(seed=1).graph(), fake_gpu, tmp_path, dtype, BOUND[dtype])
 
 
 def test_simple_cnn(fake_gpu: FakeGpu, tmp_path: Path) -> None:
     net = load_network(f"{EXAMPLES / 'simple_cnn.py'}:simple_cnn").with_batch(2)
-    check_network(net.init(seed=1), fake_gpu, tmp_path, "f16", BOUND["f16"])
+    check_graph(net.init(seed=1).graph(), fake_gpu, tmp_path, "f16", BOUND["f16"])
 
 
 @pytest.mark.parametrize("dtype", ["f16", pytest.param("tf32", marks=slow)])
 def test_a_small_resnet(dtype: str, fake_gpu: FakeGpu, tmp_path: Path) -> None:
-    check_network(small_resnet(batch=2).init(seed=4), fake_gpu, tmp_path, dtype, BOUND[dtype])
+    check_graph(small_resnet(batch=2).init(seed=4).graph(), fake_gpu, tmp_path, dtype, BOUND[dtype])
 
 
 @network(x=(64, 14, 14))
@@ -63,7 +63,7 @@ def test_layers_on_tensor_cores(dtype: str, fake_gpu: FakeGpu, tmp_path: Path) -
     convolutions = [call for call in module.build.program.calls if call.algorithm == "conv_mma"]
     assert [call.layers[0].partition(" ")[0] for call in convolutions] == ["conv1", "conv2", "conv3"]
     assert any("splits=1)" not in call.schedule for call in convolutions)
-    check_network(net, fake_gpu, tmp_path, dtype, BOUND[dtype])
+    check_graph(net.graph(), fake_gpu, tmp_path, dtype, BOUND[dtype])
 
 
 @network(x=(64, 9, 7))
@@ -80,7 +80,7 @@ def test_layers_of_warp_groups(fake_gpu: FakeGpu, tmp_path: Path, monkeypatch: p
     assert module.build is not None
     convolutions = [call for call in module.build.program.calls if call.algorithm == "conv_wgmma"]
     assert [call.layers[0].partition(" ")[0] for call in convolutions] == ["conv1"]
-    check_network(net, fake_gpu, tmp_path, "f16", BOUND["f16"], "cuda:sm_90a")
+    check_graph(net.graph(), fake_gpu, tmp_path, "f16", BOUND["f16"], "cuda:sm_90a")
     for capability in (95, 100):
         with pytest.raises(AssertionError, match="the model was compiled for another GPU"):
             fake_gpu.run(tmp_path / "net.so", feeds_of(net.graph(), 3), f"capability={capability}")
