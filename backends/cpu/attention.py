@@ -79,8 +79,7 @@ def cost(shape: AttentionShape, params: AttentionParams, machine: Machine) -> fl
     cycles += HIDDEN * 4.0 * shape.keys * (op.size + op.value_size) / machine.l2_bytes
     if 4.0 * width * shape.keys > 0.8 * machine.l1:
         cycles += 4.0 * 4.0 * width * shape.keys / machine.l2_bytes
-    uneven = -(-slices // 8) * 8 / slices
-    return cycles * -(-slices // machine.threads) * (1.0 + 0.01 * uneven) / machine.hertz
+    return cycles * machine.turns(slices) * machine.sharing(slices) / machine.hertz
 
 
 HIDDEN = 0.3

@@ -1,10 +1,12 @@
 """The C calling convention of kernels: a TIR pass in the place of TVM's packed one.
 
-    f(Buffer...) { ... parallel(n) ... }  ->  int32 f(void *..., [void *scratch,] int32 lo, int32 hi)
+    f(Buffer...) { ... parallel(n) ... }  ->  int32 f(void *..., [void *scratch,] int32 last, int32 lo, int32 hi)
 
 Buffers become 64-byte aligned pointers.  The outermost parallel loop runs over [lo, hi) of its n iterations,
 so that any thread pool can deal out slices.  Temporaries too large for the stack move into one scratch area,
-which the caller provides for each thread.
+which the caller provides for each thread.  What is allocated outside the parallel loop of a function that asks for the
+previous slice is there, too, as that slice left it; the caller says that as `last`: the slice done last with this
+scratch area, -1 if there was none in this run of the kernel.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ INDEPENDENT_LOOPS = "cnnc.independent_loops"
 """Attribute of a function whose outermost loops are parallel and independent of each other."""
 
 STACK_LIMIT = 1024
-"""Bytes from which a temporary moves from the stack to the scratch area; scope `local` always stays."""
+"""Bytes from which a temporary of a slice moves from the stack to the scratch area; scope `local` always stays."""
 
 _SERIAL = tirx.ForKind.SERIAL
 
@@ -40,12 +42,14 @@ class Abi:
 
 def c_function(func: Any, symbol: str, noalias: bool, abi: Abi) -> Any:
     """Give a lowered PrimFunc C's calling convention and the name `symbol`; fills in `abi`."""
-    pointers = [_pointer(param) for param in func.params]
-    data = list(zip(func.params, pointers, strict=True))
+    parameters = list(func.params)
+    previous = None if tirx.is_buffer_var(parameters[-1]) else parameters.pop()
+    pointers = [_pointer(param) for param in parameters]
+    data = list(zip(parameters, pointers, strict=True))
     offsets = []
 
     large: list[Any] = []
-    body = _take_large_buffers(func.body, large)
+    body = _take_large_buffers(func.body, large, STACK_LIMIT if previous is None else 0)
     scratch = tirx.Var("scratch", tvm.ir.PointerType(tvm.ir.PrimType("uint8"), "global"))
     for buffer in large:
         pointer = _pointer(buffer)
@@ -54,13 +58,15 @@ def c_function(func: Any, symbol: str, noalias: bool, abi: Abi) -> Any:
         data.append((buffer, pointer))
         abi.scratch_bytes += -(-_buffer_bytes(buffer) // ALIGNMENT) * ALIGNMENT
 
-    lo, hi = tirx.Var("lo", "int32"), tirx.Var("hi", "int32")
+    last, lo, hi = (tirx.Var(name, "int32") for name in ("last", "lo", "hi"))
     if _has_sole_parallel_loop(body):
-        body = _slice(body, lo, hi, abi)
+        body = _slice(body, lo, hi, abi, previous, last)
     elif func.attrs.get(INDEPENDENT_LOOPS) is not None:
         body = _slice_each(body, lo, hi, abi)
     else:
-        body = tirx.IfThenElse(tirx.all(tirx.EQ(lo, 0), tirx.LT(lo, hi)), _serial(body), None)
+        whole = [] if previous is None else [tirx.Bind(previous, tirx.const(-1, "int32"))]
+        body = tirx.SeqStmt([*whole, _serial(body)])
+        body = tirx.IfThenElse(tirx.all(tirx.EQ(lo, 0), tirx.LT(lo, hi)), body, None)
     buffers = [tirx.DeclBuffer(buffer, data=pointer) for buffer, pointer in data]
     body = tirx.SeqStmt([*buffers, body, tirx.Return(tirx.const(0, "int32"))])
     for _, pointer in data:
@@ -68,7 +74,9 @@ def c_function(func: Any, symbol: str, noalias: bool, abi: Abi) -> Any:
     if offsets:
         body = tirx.SeqStmt([*offsets, body])
     return (
-        tirx.PrimFunc([*pointers, *([scratch] if large else []), lo, hi], body, tvm.ir.PrimType("int32"), func.attrs)
+        tirx.PrimFunc(
+            [*pointers, *([scratch] if large else []), last, lo, hi], body, tvm.ir.PrimType("int32"), func.attrs
+        )
         .with_attr("global_symbol", symbol)
         .with_attr("tirx.noalias", noalias)
         .with_attr("calling_conv", 1)
@@ -114,16 +122,17 @@ def _loop(stmt: Any, kind: Any, body: Any) -> Any:
     return tirx.For(stmt.loop_var, stmt.min, stmt.extent, kind, body, None, stmt.annotations, stmt.step)
 
 
-def _take_large_buffers(stmt: Any, large: list[Any]) -> Any:
+def _take_large_buffers(stmt: Any, large: list[Any], limit: int) -> Any:
     """Remove the allocations that the stack should not hold, and append their buffers to `large`."""
     if isinstance(stmt, tirx.AllocBuffer):
         buffer = stmt.buffer
-        on_stack = buffer.ty.storage_scope == "local" or _buffer_bytes(buffer) < STACK_LIMIT
+        on_stack = buffer.ty.storage_scope == "local" or _buffer_bytes(buffer) < limit
         if on_stack:
             return stmt
         large.append(buffer)
         return tirx.Evaluate(tirx.const(0, "int32"))
-    return _with_children(stmt, lambda part: _take_large_buffers(part, large))
+    inner = STACK_LIMIT if _is_parallel(stmt) else limit
+    return _with_children(stmt, lambda part: _take_large_buffers(part, large, inner))
 
 
 def _is_parallel(stmt: Any) -> bool:
@@ -145,14 +154,18 @@ def _is_nothing(stmt: Any) -> bool:
     return isinstance(stmt, tirx.Evaluate) and isinstance(stmt.value, tirx.IntImm)
 
 
-def _slice(stmt: Any, lo: Any, hi: Any, abi: Abi) -> Any:
+def _slice(stmt: Any, lo: Any, hi: Any, abi: Abi, previous: Any, last: Any) -> Any:
     """Let the outermost parallel loop run over [lo, hi), and record its extent."""
     if _is_parallel(stmt):
         if int(stmt.min) != 0:
             raise VerifyError(f"parallel loop {stmt.loop_var.name} starts at {stmt.min}; it must start at 0")
         abi.slices = int(stmt.extent)
-        return tirx.For(stmt.loop_var, lo, hi - lo, _SERIAL, _serial(stmt.body))
-    return _with_children(stmt, lambda part: _slice(part, lo, hi, abi))
+        body = _serial(stmt.body)
+        if previous is not None:
+            before = tirx.Select(tirx.EQ(stmt.loop_var, lo), last, stmt.loop_var - 1)
+            body = tirx.SeqStmt([tirx.Bind(previous, before), body])
+        return tirx.For(stmt.loop_var, lo, hi - lo, _SERIAL, body)
+    return _with_children(stmt, lambda part: _slice(part, lo, hi, abi, previous, last))
 
 
 def _slice_each(stmt: Any, lo: Any, hi: Any, abi: Abi) -> Any:

@@ -2,7 +2,7 @@
 
 The function is
 
-    int32_t symbol(void *buffer0, ..., void *scratch, int32_t lo, int32_t hi)
+    int32_t symbol(void *buffer0, ..., void *scratch, int32_t last, int32_t lo, int32_t hi)
 
 with the PrimFunc's buffers in their order (64-byte aligned, not aliasing), `scratch` only where
 `scratch_bytes > 0`, and the outermost `parallel` loop run over [lo, hi) of its `slices` iterations.  Nothing

@@ -3,11 +3,12 @@
     y[p, o] = sum over taps t, channels c of x[p + shift(t), c] * w[t, c, o]        in tiles of 16 pixels x 16 outputs
 
 A slice splits its input into parts once, laid out so that 16 pixels of 32 channels are a tile for every tap (see
-planes.py), then goes through its blocks of output channels: up to four tiles of sums stay in registers for all taps and
-channels, and each tile of weights serves all of them.  Weights are split in the shadow of the tile unit: while the
-first pixels are multiplied by those two steps before, and the first of a block while the last pixels of the block
-before are.  The parts, and why their products are as good as float32, are in bf16_parts.py.  Any stride, padding and
-dilation; what is elementwise before the convolution is computed as its input is split.
+planes.py), unless the slice before was of the same input.  Then it goes through its blocks of output channels: up to
+four tiles of sums stay in registers for all taps and channels, and each tile of weights serves all of them.  Weights
+are split in the shadow of the tile unit: while the first pixels are multiplied by those two steps before, and the first
+of a block while the last pixels of the block before are.  The parts, and why their products are as good as float32, are
+in bf16_parts.py.  Any stride, padding and dilation; what is elementwise before the convolution is computed as its input
+is split.
 """
 
 from __future__ import annotations
@@ -97,18 +98,18 @@ def cost(shape: ConvShape, params: MatrixParams, machine: Machine) -> float:
     one = max(products + first, weights / machine.memory_bytes) + BLOCK_CYCLES
     one += planes.outputs * FINISH_CYCLES
     splitting = (SPLIT_CYCLES + shape.prologue) * planes.pixels * pairs
-    total = splitting + one * params.oc_blocks + SLICE_CYCLES
+    total = one * params.oc_blocks + SLICE_CYCLES
     resident = parts + PART_BYTES * w_parts * steps / passes * TILE_ROWS + 4.0 * planes.outputs * shape.block
     resident += 4.0 * planes.outputs * shape.block * params.oc_blocks if passes > 1 else 0.0
     if resident > L2_SHARE * machine.l2:
         spilled = min(resident / (L2_SHARE * machine.l2) - 1.0, 1.0)
         total += spilled * params.oc_blocks * passes * parts / machine.memory_bytes
-    moved = 4.0 * (shape.ic_blocks * rows_read(shape, params.rows) * shape.w + params.oc_blocks * planes.outputs)
-    total += EXPOSED * moved * shape.block / machine.memory_bytes
-    waves = -(-slices // machine.threads)
-    uneven = -(-slices // MANY_THREADS) * MANY_THREADS / slices
-    # A binary should gain by more threads than it was compiled for.
-    return total * waves * (1.0 + 0.03 * uneven) / machine.hertz
+    vector = EXPOSED * 4.0 * shape.block / machine.memory_bytes
+    total += vector * params.oc_blocks * planes.outputs
+    splitting += vector * shape.ic_blocks * rows_read(shape, params.rows) * shape.w
+    alike = oc_slices if passes == 1 else 1
+    total = total * machine.turns(slices) + splitting * machine.turns(slices, alike)
+    return total * machine.sharing(slices) / machine.hertz
 
 
 def _product_cycles(tiles: int) -> float:
@@ -148,8 +149,6 @@ PART_BYTES = 64.0
 
 L2_SHARE = 0.68
 """The share of L2 that parts may take."""
-
-MANY_THREADS = 8
 
 
 def build(shape: ConvShape, params: MatrixParams, body: Body) -> Any:

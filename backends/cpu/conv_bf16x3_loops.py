@@ -48,6 +48,9 @@ class MatrixLoops:
         pairs = -(-shape.ic_blocks // 2)
         self.pairs = params.pairs or pairs
         self.passes = pairs // self.pairs
+        self.row_blocks = -(-shape.oh // params.rows)
+        self.oc_slices = -(-shape.oc_blocks // params.oc_blocks)
+        self.previous = loops.previous_slice()
         self.steps = self.pairs * shape.kh * shape.kw
         self.ahead = min(SPLIT_AHEAD, self.steps)
         self.next_pixel = shape.block
@@ -61,20 +64,16 @@ class MatrixLoops:
 
     def function(self) -> Any:
         """Make the PrimFunc."""
-        shape, params = self.shape, self.params
-        row_blocks = -(-shape.oh // params.rows)
-        oc_slices = -(-shape.oc_blocks // params.oc_blocks)
+        body = loops.parallel(self.shape.n * self.row_blocks * self.oc_slices, self._slice)
+        return loops.function(
+            [*self.body.inputs, self.y, self.previous], loops.sequence(loops.alloc(self.input.buffer), body)
+        )
 
-        def one_slice(index: Any) -> Any:
-            image, oc, block = index // (oc_slices * row_blocks), index // row_blocks % oc_slices, index % row_blocks
-            return self._slice(image, oc * params.oc_blocks, block)
-
-        body = loops.parallel(shape.n * oc_slices * row_blocks, one_slice)
-        return loops.function([*self.body.inputs, self.y], body)
-
-    def _slice(self, image: Any, first_oc: Any, block: Any) -> Any:
+    def _slice(self, index: Any) -> Any:
         """Compute some blocks of output channels on some rows, one block after the other."""
         shape, params = self.shape, self.params
+        image, block = index // self.oc_slices // self.row_blocks, index // self.oc_slices % self.row_blocks
+        first_oc = index % self.oc_slices * params.oc_blocks
         first = block * params.rows
         left = shape.oh % params.rows
 
@@ -88,10 +87,16 @@ class MatrixLoops:
         def read(block: Any, row: Any, column: Any, lane: Any) -> Any:
             return self.body.operand(self._input_at(image, block, *self._position(row, column), lane))
 
+        def fill(number: Any) -> Any:
+            filled = self.input.fill(first, number * self.pairs, read)
+            if self.passes > 1 or self.oc_slices == 1:
+                return filled
+            return loops.when(tirx.NE(self.previous // self.oc_slices, index // self.oc_slices), filled)
+
         def one_pass(number: Any) -> Any:
             early = (self._split_weights(first_oc, number, loops.const(step)) for step in range(self.ahead))
             return loops.sequence(
-                self.input.fill(first, number * self.pairs, read),
+                fill(number),
                 *early,
                 loops.loop(blocks, lambda i: one_block(number, i), "oc"),
             )
@@ -99,7 +104,7 @@ class MatrixLoops:
         blocks: Any = params.oc_blocks
         if shape.oc_blocks % params.oc_blocks:
             blocks = tirx.min(loops.const(params.oc_blocks), shape.oc_blocks - first_oc)
-        buffers = [self.input.buffer, self.weights, self.sums] + [self.waiting] * (self.passes > 1)
+        buffers = [self.weights, self.sums] + [self.waiting] * (self.passes > 1)
         return loops.sequence(
             *(loops.alloc(buffer) for buffer in buffers), amx.configured(loops.loop(self.passes, one_pass, "pass"))
         )
@@ -150,7 +155,8 @@ class MatrixLoops:
         shape, planes = self.shape, self.planes
         pixels = self.params.rows * shape.stride[0] * shape.w
         blocks = shape.ic_blocks if self.passes == 1 else 2 * self.pairs
-        share = -(-blocks * pixels // (self.params.oc_blocks * self.steps * tiles))
+        turns = self.params.oc_blocks if self.passes > 1 else shape.oc_blocks
+        share = -(-blocks * pixels // (turns * self.steps * tiles))
         if self.x is None or share > MOST_ASKED or (self.passes == 1 and self.params.rows >= shape.oh):
             return None
         after = planes.height if self.passes == 1 else 0
@@ -220,7 +226,8 @@ class MatrixLoops:
             pixel = tile * TILE_ROWS
 
             def beside(step: Any, part: int, parts: int) -> Any:
-                done = (index * self.steps + step) * tiles + tile + part
+                turn = index if self.passes > 1 else oc
+                done = (turn * self.steps + step) * tiles + tile + part
                 return loops.sequence(
                     also(step, part, parts),
                     self._ask_for_input(image, number, first, done, tiles),

@@ -107,7 +107,7 @@ def cost(shape: ConvShape, params: DirectParams, machine: Machine) -> float:
     oc_slices = shape.oc_blocks // (params.vectors * params.oc_tiles)
     row_blocks = -(-shape.oh // params.rows)
     slices = shape.n * oc_slices * row_blocks
-    waves = -(-slices // machine.threads) / slices
+    waves = machine.turns(slices) / slices
 
     rows = shape.n * shape.oc_blocks // params.vectors * shape.oh
     passes = shape.ic_blocks // (params.channels or shape.ic_blocks)
@@ -126,15 +126,11 @@ def cost(shape: ConvShape, params: DirectParams, machine: Machine) -> float:
     total += SLICE_CYCLES * slices / machine.threads
     if shape.prologue:
         total += _staging_cycles(shape, params, machine, rows * tiles * tile_input) * slices * waves
-    # Among equals, prefer what would still divide among more threads than expected.
-    uneven = -(-slices // MANY_THREADS) * MANY_THREADS / slices
-    return total * (1.0 + 0.01 * uneven) / machine.hertz
+    return total * machine.sharing(slices) / machine.hertz
 
 
 HIDDEN, HIDDEN_NEAR = 0.05, 0.15
 """The shares of arithmetic or memory traffic, and of L2 traffic, that still add to the time of the slowest of them."""
-
-MANY_THREADS = 8
 
 SLICE_CYCLES = 60.0
 """What starting a slice costs."""

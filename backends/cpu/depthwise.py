@@ -77,12 +77,11 @@ def cost(shape: WindowShape, group: int, params: DepthwiseParams, machine: Machi
     slices = shape.n * shape.blocks * row_blocks
     turning = 0.0 if group == 1 else shape.kh * shape.kw * group * group
     per_slice = cycles * params.rows + 40.0 + turning
-    waves = -(-slices // machine.threads)
+    waves = machine.turns(slices)
     halo = max(shape.kh - shape.stride[0], 0) / (params.rows * shape.stride[0])
     moved = 4.0 * shape.n * shape.blocks * shape.block * (shape.h * shape.w * (1 + 0.3 * halo) + shape.oh * shape.ow)
-    uneven = -(-slices // 8) * 8 / slices
     far = moved / machine.memory_bytes / machine.threads
-    return max(per_slice * waves, far) * (1.0 + 0.01 * uneven) / machine.hertz
+    return max(per_slice * waves, far) * machine.sharing(slices) / machine.hertz
 
 
 def _tile_cycles(shape: WindowShape, segment: Segment, machine: Machine) -> float:

@@ -84,15 +84,14 @@ def cost(shape: DenseShape, params: DenseParams, machine: Machine) -> float:
     steps = -(-shape.inputs // shape.lanes)
     tile = steps * machine.tile_cycles(params.rows, params.outputs) + 4.0 * params.rows * params.outputs + 10.0
     slices = -(-output_tiles // params.tiles)
-    waves = -(-slices // machine.threads) / slices
+    waves = machine.turns(slices) / slices
     weights = shape.weight_bytes * shape.outputs * shape.inputs
     inputs = 4.0 * params.rows * shape.inputs
     near = output_tiles * row_tiles * (inputs if inputs > machine.l1 / 2 else 0.0) / machine.l2_bytes
     far = weights / machine.memory_bytes / machine.threads
-    uneven = -(-slices // 8) * 8 / slices
     compute = output_tiles * row_tiles * tile * waves
     total = max(compute, near * waves, far) + HIDDEN * (compute + near * waves + far)
-    return total * (1.0 + 0.01 * uneven) / machine.hertz
+    return total * machine.sharing(slices) / machine.hertz
 
 
 HIDDEN = 0.05

@@ -76,7 +76,7 @@ def cost(shape: DenseShape, params: PackedParams, machine: Machine) -> float:
     blocks, _, width = weight_shape(shape)
     vectors, row_tiles = width // shape.lanes, -(-shape.rows // params.rows)
     slices = -(-row_tiles // params.tiles) * -(-blocks // params.blocks)
-    waves = -(-slices // machine.threads) / slices
+    waves = machine.turns(slices) / slices
 
     compute = 0.0
     for rows, count in even_split(shape.rows, params.rows):
@@ -91,9 +91,8 @@ def cost(shape: DenseShape, params: PackedParams, machine: Machine) -> float:
     weights_again = -(-row_tiles // params.tiles)
     far_bytes = block_bytes * blocks * weights_again + 4.0 * shape.rows * (shape.inputs * rows_again + shape.outputs)
     far = far_bytes / machine.memory_bytes / machine.threads
-    uneven = -(-slices // 8) * 8 / slices
     total = max(compute, near, far) + 0.05 * (compute + near + far) + 60.0 * slices / machine.threads
-    return total * (1.0 + 0.01 * uneven) / machine.hertz
+    return total * machine.sharing(slices) / machine.hertz
 
 
 def build(shape: DenseShape, params: PackedParams, body: Body) -> Any:

@@ -13,7 +13,7 @@ from cnnc.ir.types import DType, TensorType
 
 
 def index_check(type_: TensorType, extents: tuple[int, ...]) -> KernelObject:
-    """Make the kernel `int32 check(void* indices, int32 lo, int32 hi)`: 0, or `OUT_OF_RANGE`.
+    """Make the kernel `int32 check(void* indices, int32 last, int32 lo, int32 hi)`: 0, or `OUT_OF_RANGE`.
 
     Negative indices count from the end, so [-extent, extent) is inside.
     """
@@ -34,7 +34,7 @@ def _check_module(symbol: str, type_: TensorType, extents: Sequence[int]) -> Any
     module = ir.Module(symbol)
     module.triple = TRIPLE
     status, integer = ir.IntType(32), ir.IntType(64 if type_.dtype is DType.I64 else 32)
-    function = ir.Function(module, ir.FunctionType(status, [ir.PointerType(), status, status]), symbol)
+    function = ir.Function(module, ir.FunctionType(status, [ir.PointerType(), status, status, status]), symbol)
     entry, loop, done = (function.append_basic_block(name) for name in ("entry", "loop", "done"))
     ir.IRBuilder(entry).branch(loop)
     builder = ir.IRBuilder(loop)

@@ -46,6 +46,22 @@ class Machine:
         """Peak float32 operations a second of one core (a multiply-add is 2)."""
         return 2.0 * self.lanes * self.fma_ports * self.hertz
 
+    def turns(self, slices: int, alike: int = 1) -> int:
+        """Give how many slices a thread does one after the other; or, where neighbours are `alike`, how many kinds."""
+        turns = -(-slices // self.threads)
+        straddled = turns % alike != 0 and alike % turns != 0
+        return -(-turns // alike) + straddled
+
+    def sharing(self, slices: int) -> float:
+        """Give by how much longer a kernel takes for being cut into few slices.
+
+        Cores are not equally fast: a lane that is done takes over slices of the others, but the last of each is waited
+        for.  A binary for one thread should gain by more.
+        """
+        if self.threads > 1:
+            return 1.0 + LAST_SLICE * self.threads / slices
+        return 1.0 + MORE_THREADS * -(-slices // MANY_THREADS) * MANY_THREADS / slices
+
     def fits(self, pixels: int, vectors: int) -> bool:
         """Whether a register tile of `pixels` x `vectors` sums compiles without spills.
 
@@ -84,6 +100,12 @@ class Machine:
         """Count the cycles one term takes for all vectors of a group, split as `vector_parts` does."""
         return sum(count * self.tile_cycles(pixels, v) for v, count in self.vector_parts(pixels, group))
 
+
+LAST_SLICE = 0.15
+"""How long the last slice of a lane is waited for, on the average, as a share of it."""
+
+MORE_THREADS, MANY_THREADS = 0.01, 8
+"""What it is worth that slices divide evenly among more threads than expected, and how many those may be."""
 
 TERM_CYCLES = 0.3
 """What a term of the sums costs beside its multiply-adds."""

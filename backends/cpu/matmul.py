@@ -83,9 +83,10 @@ def cost(shape: MatMulShape, params: MatMulParams, machine: Machine) -> float:
     steps = sum(count * (step_cycles(machine, rows, VECTORS) * shape.depth + 40.0) for rows, count in split)
     pack = (4.0 if shape.transpose_b else 3.0) * shape.depth * row_slices
     slices = products * row_slices
-    waves = -(-slices // machine.threads) / slices
-    uneven = -(-slices // 8) * 8 / slices
-    return (products * (steps + pack) * waves + 60.0 * slices / machine.threads) * (1.0 + 0.01 * uneven) / machine.hertz
+    waves = machine.turns(slices) / slices
+    return (
+        (products * (steps + pack) * waves + 60.0 * slices / machine.threads) * machine.sharing(slices) / machine.hertz
+    )
 
 
 def build(shape: MatMulShape, params: MatMulParams, body: Body) -> Any:

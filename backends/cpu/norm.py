@@ -81,10 +81,9 @@ def cost(shape: NormShape, params: NormParams, machine: Machine) -> float:
     cycles = shape.groups * (5.0 * shape.vectors + 25.0 + 4.0 * (shape.length % shape.lanes))
     far = 8.0 * math.prod(shape.output_shape) / machine.memory_bytes
     slices = -(-shape.groups // params.groups)
-    waves = -(-slices // machine.threads) / slices
-    uneven = -(-slices // 8) * 8 / slices
+    waves = machine.turns(slices) / slices
     total = max(cycles, far) * waves + 60.0 * slices / machine.threads
-    return total * (1.0 + 0.01 * uneven) / machine.hertz
+    return total * machine.sharing(slices) / machine.hertz
 
 
 def build(shape: NormShape, params: NormParams, body: Body) -> Any:

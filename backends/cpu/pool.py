@@ -58,11 +58,10 @@ def cost(shape: WindowShape, params: PoolParams, machine: Machine) -> float:
         cycles += segment.count * (8.0 + 0.5 * segment.pixels + shape.kh * (2.0 + taps))
     row_blocks = -(-shape.oh // params.rows)
     slices = shape.n * shape.blocks * row_blocks
-    waves = -(-slices // machine.threads)
-    uneven = -(-slices // 8) * 8 / slices
+    waves = machine.turns(slices)
     moved = 4.0 * shape.n * shape.blocks * shape.block * (shape.h * shape.w + shape.oh * shape.ow)
     far = moved / machine.memory_bytes / machine.threads
-    return max((cycles * params.rows + 40.0) * waves, far) * (1.0 + 0.01 * uneven) / machine.hertz
+    return max((cycles * params.rows + 40.0) * waves, far) * machine.sharing(slices) / machine.hertz
 
 
 def build(shape: WindowShape, kind: PoolKind, params: PoolParams, body: Body) -> Any:

@@ -60,10 +60,9 @@ def cost(shape: SoftmaxShape, params: SoftmaxParams, machine: Machine) -> float:
     cycles = shape.rows * (14.0 * vectors + 20.0 * rest + 40.0)
     far = 8.0 * shape.rows * shape.length / machine.memory_bytes
     slices = -(-shape.rows // params.rows)
-    waves = -(-slices // machine.threads) / slices
-    uneven = -(-slices // 8) * 8 / slices
+    waves = machine.turns(slices) / slices
     total = max(cycles, far) * waves + 60.0 * slices / machine.threads
-    return total * (1.0 + 0.01 * uneven) / machine.hertz
+    return total * machine.sharing(slices) / machine.hertz
 
 
 def build(shape: SoftmaxShape, params: SoftmaxParams, body: Body) -> Any:

@@ -2,13 +2,13 @@
 
     y = A' [sum over c of (B' x[c] D) * u[o, c]] C     for each tile of m x m outputs, u = G w H'
 
-A slice transforms a chunk of tiles, which stay in L2, multiplies them position by position by the transformed
-weights in register tiles of `pixels` tiles times some blocks of output channels, and transforms the sums back, the
-epilogue applied as they are stored.  What is elementwise before the convolution is applied as tiles are loaded, and
-not to the padding.  Tiles are counted through images and rows, so that chunks are of any size; those that overlap the
-padding are gathered first.  The matrices and their source are in `cnnc.ops.winograd`; the division into slices is that
-of Jia et al., "Optimizing N-dimensional, Winograd-based convolution for manycore CPUs", PPoPP'18, section 4, without
-its barriers.
+A slice transforms a chunk of tiles, which stay in L2, unless the slice before has done so for other output channels.
+It multiplies them position by position by the transformed weights in register tiles of `pixels` tiles times some blocks
+of output channels, and transforms the sums back, the epilogue applied as they are stored.  What is elementwise before
+the convolution is applied as tiles are loaded, and not to the padding.  Tiles are counted through images and rows, so
+that chunks are of any size; those that overlap the padding are gathered first.  The matrices and their source are in
+`cnnc.ops.winograd`; the division into slices is that of Jia et al., "Optimizing N-dimensional, Winograd-based
+convolution for manycore CPUs", PPoPP'18, section 4, without its barriers.
 """
 
 from __future__ import annotations
@@ -75,9 +75,10 @@ def cost(shape: WinogradShape, params: WinogradParams, machine: Machine) -> floa
     slices = chunks * params.oc_slices
     groups = blocks // params.group
     products = groups * positions * _group_cycles(params, channels, machine)
-    transforms = positions * params.tiles * (INPUT_CYCLES * conv.ic_blocks + OUTPUT_CYCLES * blocks)
+    fresh = machine.turns(slices, params.oc_slices) / machine.turns(slices)
+    transforms = positions * params.tiles * (fresh * INPUT_CYCLES * conv.ic_blocks + OUTPUT_CYCLES * blocks)
     if conv.prologue:
-        transforms += _prologue_cycles(shape, machine) * params.tiles
+        transforms += fresh * _prologue_cycles(shape, machine) * params.tiles
     compute = products + transforms
 
     weights = conv.weight_bytes * shape.vertical.weights * shape.horizontal.weights * channels * blocks * conv.block
@@ -85,16 +86,13 @@ def cost(shape: WinogradShape, params: WinogradParams, machine: Machine) -> floa
     sums = 4.0 * positions * params.tiles * params.group * conv.block
     readings = sum(count for _, count in even_split(params.tiles, params.pixels))
     near = (weights * readings + (data + SUMS_MOVED * sums) * groups) / machine.l2_bytes
-    far = 4.0 * shape.outputs * params.tiles * (channels * math.prod(conv.stride) + blocks * conv.block)
+    far = 4.0 * shape.outputs * params.tiles * (fresh * channels * math.prod(conv.stride) + blocks * conv.block)
     far += weights * _beyond(weights + data + sums, machine)
     spilled = _beyond(data + sums, machine) * (data * (1 + groups) + SUMS_MOVED * sums * groups)
     reading = far / machine.memory_bytes
     one = max(compute, reading) + EXPOSED_FAR * min(compute, reading) + EXPOSED_NEAR * near + SLICE_CYCLES
     one += EXPOSED_SPILL * spilled / machine.memory_bytes
-    waves = -(-slices // machine.threads)
-    # Among equals, prefer what would still divide among more threads than expected.
-    uneven = -(-slices // MANY_THREADS) * MANY_THREADS / slices
-    return one * waves * (1.0 + 0.02 * uneven) / machine.hertz
+    return one * machine.turns(slices) * machine.sharing(slices) / machine.hertz
 
 
 def _beyond(size: float, machine: Machine) -> float:
@@ -125,8 +123,6 @@ TILE_CYCLES, STORE_CYCLES = 40.0, 4.0
 
 LOAD_CYCLES = 0.1
 """What each load that is an instruction of its own adds to a term of the sums."""
-
-MANY_THREADS = 8
 
 
 @lru_cache(4096)

@@ -35,6 +35,7 @@ class WinogradLoops:
         self.y = self.body.output()
         block, positions = shape.conv.block, shape.positions
         self.vertical, self.horizontal = v, h = shape.vertical, shape.horizontal
+        self.previous = loops.previous_slice()
         self.data = loops.buffer("data", (positions, shape.data_rows(params.tiles), block))
         self.products = loops.buffer("products", (params.group, params.tiles, positions, block))
         self.patch = loops.buffer("patch", (v.inputs * h.inputs, block), scope="local")
@@ -45,14 +46,18 @@ class WinogradLoops:
 
     def function(self) -> Any:
         """Make the PrimFunc."""
-        oc_slices = self.params.oc_slices
+        t = self.t
         chunks = -(-self.shape.tiles // self.params.tiles)
-        body = self.t.parallel(chunks * oc_slices, lambda index: self._slice(index // oc_slices, index % oc_slices))
-        return self.t.function([*self.body.inputs, self.y], body)
+        body = t.sequence(t.alloc(self.data), t.parallel(chunks * self.params.oc_slices, self._slice))
+        return t.function([*self.body.inputs, self.y, self.previous], body)
 
-    def _slice(self, chunk: Any, oc_slice: Any) -> Any:
-        """Transform a chunk of tiles, then compute a part of the output channels, a group of blocks at a time."""
+    def _slice(self, index: Any) -> Any:
+        """Compute a part of the output channels of a chunk of tiles, a group of blocks at a time.
+
+        The tiles are transformed first, unless the slice before was of the same chunk.
+        """
         t, params = self.t, self.params
+        chunk, oc_slice = index // params.oc_slices, index % params.oc_slices
         first = chunk * params.tiles
         exact = self.shape.tiles % params.tiles == 0
         tiles: Any = params.tiles if exact else tirx.min(t.const(params.tiles), self.shape.tiles - first)
@@ -62,12 +67,15 @@ class WinogradLoops:
             oc = (oc_slice * groups + index) * params.group
             return t.sequence(self._products(oc, tiles), self._outputs(oc, first, tiles))
 
-        buffers = [self.data, self.products, self.patch, self.half, self.result]
+        inputs = self._inputs(first, tiles)
+        if params.oc_slices > 1:
+            inputs = t.when(tirx.NE(self.previous // params.oc_slices, chunk), inputs)
+        buffers = [self.products, self.patch, self.half, self.result]
         if self.x is None:
             buffers.append(self.column)
         return t.sequence(
             *(t.alloc(buffer) for buffer in buffers),
-            self._inputs(first, tiles),
+            inputs,
             t.loop(groups, group, "oc_group"),
         )
 

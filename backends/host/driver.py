@@ -23,7 +23,7 @@ _TENSOR = ir.LiteralStructType([_PTR, _I32, _I32, _PTR, _I64])
 _KERNEL = ir.LiteralStructType([_PTR, _PTR, _I32, _I32, _I64, _I64, _PTR, _PTR])
 _STEP = ir.LiteralStructType([_PTR, _I32])
 _VARIANT = ir.LiteralStructType([_PTR, _PTR, _PTR, _I32, _I32, _I32])
-_THUNK = ir.FunctionType(_I32, [_PTR, _PTR, _I32, _I32])
+_THUNK = ir.FunctionType(_I32, [_PTR, _PTR, _I32, _I32, _I32])
 # The fields of cnnc_rt_bases.
 _BASES = {"input": 0, "output": 1, "arena": 2, "weights": 3}
 
@@ -128,10 +128,10 @@ class _Driver:
         """Return the function that works out where the arguments of this call lie, and calls the kernel."""
         if (call.symbol, call.args) in self.thunks:
             return self.thunks[call.symbol, call.args]
-        kernel = self._declare(call.symbol, _I32, [_PTR] * len(call.args) + [_I32, _I32])
+        kernel = self._declare(call.symbol, _I32, [_PTR] * len(call.args) + [_I32] * 3)
         thunk = ir.Function(self.module, _THUNK, f"cnnc_rt_thunk_{len(self.thunks)}")
         thunk.linkage = "internal"
-        bases, scratch, lo, hi = thunk.args
+        bases, scratch, *slices = thunk.args
         b = ir.IRBuilder(thunk.append_basic_block())
         loaded: dict[str, ir.Value] = {"scratch": scratch}
         pointers = []
@@ -141,7 +141,7 @@ class _Driver:
             base = loaded[slot.space]
             is_index = slot.space in ("input", "output")
             pointers.append(_load(b, base, slot.offset) if is_index else _offset(b, base, slot.offset))
-        b.ret(b.call(kernel, [*pointers, lo, hi], tail=True))
+        b.ret(b.call(kernel, [*pointers, *slices], tail=True))
         self.thunks[call.symbol, call.args] = thunk
         return thunk
 

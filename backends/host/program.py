@@ -100,8 +100,9 @@ class Slot:
 
 @dataclass(frozen=True)
 class KernelCall:
-    """One call of `int32_t symbol(void* a0, ..., int32_t lo, int32_t hi)`, cut into `slices` independent parts.
+    """One call of `int32_t symbol(void* a0, ..., int32_t last, int32_t lo, int32_t hi)`, cut into independent `slices`.
 
+    A call does the slices [lo, hi); `last` is the one of this kernel that was done last with the same scratch memory.
     `flops` and `bytes` are for the whole call; `layers` are the user's own layer names.  On a GPU the call is its
     `launches`, in order, and `args` are empty.
     """

@@ -22,6 +22,7 @@ __all__ = [
     "loop",
     "parallel",
     "prefetch",
+    "previous_slice",
     "sequence",
     "store",
     "unrolled",
@@ -87,6 +88,14 @@ def parallel(extent: int, body: Body) -> Any:
     return tirx.For(var, const(0), const(extent), ForKind.PARALLEL, body(var))
 
 
+def previous_slice() -> Any:
+    """Declare the slice that left what is allocated outside the parallel loop as a slice finds it; below 0 for none.
+
+    It is the last parameter of the function.
+    """
+    return tirx.Var("previous", "int32")
+
+
 def when(condition: Any, then: Any, otherwise: Any = None) -> Any:
     """Branch at run time, or now if the condition is a Python bool."""
     if isinstance(condition, bool):
@@ -127,5 +136,5 @@ def prefetch(source: Any, *indices: Any, write: bool = False) -> Any:
 
 
 def function(params: Sequence[Any], body: Any) -> Any:
-    """Make a PrimFunc of buffers and a body; its temporaries stay as large as they are declared."""
+    """Make a PrimFunc of buffers, perhaps `previous_slice`, and a body; temporaries stay as large as declared."""
     return tirx.PrimFunc(list(params), body).with_attr(WRITTEN_LOOPS, True)

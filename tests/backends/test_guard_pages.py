@@ -77,7 +77,7 @@ def guarded(nbytes):
 types = [v.type for v in (*fused.body.inputs, *fused.body.outputs)]
 pointers = [guarded(t.nbytes) for t in types]
 pointers += [guarded(made.scratch_bytes)] if made.scratch_bytes else []
-assert ctypes.CDLL("{folder}/k.so").k(*pointers, 0, made.slices) == 0
+assert ctypes.CDLL("{folder}/k.so").k(*pointers, -1, 0, made.slices) == 0
 print("inside")
 """
 

@@ -67,8 +67,9 @@ typedef struct cnnc_rt_bases {
   const char *weights;
 } cnnc_rt_bases;
 
-/* Runs the slices [lo, hi) of one kernel call: knows where its arguments lie; made by driver.py. */
-typedef int32_t cnnc_rt_thunk(const cnnc_rt_bases *bases, void *scratch, int32_t lo, int32_t hi);
+/* Runs the slices [lo, hi) of one kernel call: knows where its arguments lie; made by driver.py.  `last` is the slice of
+ * this call that left the scratch memory as it is, or -1: what it has there need not be made again. */
+typedef int32_t cnnc_rt_thunk(const cnnc_rt_bases *bases, void *scratch, int32_t last, int32_t lo, int32_t hi);
 
 typedef struct cnnc_rt_step {
   cnnc_rt_thunk *thunk;

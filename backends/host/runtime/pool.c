@@ -1,9 +1,13 @@
 /* The threads of a context.  Every lane walks through the kernels by itself and does its share of the slices of each; a
  * kernel begins when all shares of the one before are done.  Lane 0 is the caller; it alone runs what has one slice.
  *
- * A helper that is not there holds nobody up: a share is done by whoever takes it, which is the lane it is meant for, or
- * a moment later any lane.  So a run waits for work that a thread has begun, and never for a thread to be given a CPU;
- * on a busy machine the caller does everything, as fast as alone.  Who does a share does not show in the numbers.
+ * CPUs are not equally fast: some have slower cores, some run other programs beside.  So a share is taken piece by piece:
+ * its own lane takes from the front, and a lane that has done its own takes from the back of another's.  A share's slices
+ * lie together, as what they read often does, and they did so in the kernel before: it may still be in that CPU's cache.
+ *
+ * A helper that is not there holds nobody up, either: a run waits for work that a thread has begun, and never for a
+ * thread to be given a CPU; on a busy machine the caller does everything, as fast as alone.  Who does a piece does not
+ * show in the numbers.
  *
  * A kernel costs one hand-over between CPUs, and no lock.  What other lanes watch is alone on its cache line (128 bytes
  * apart: the prefetcher of x86 fetches pairs of lines).  Who waits spins for a moment, then lets others have the CPU
@@ -33,12 +37,16 @@
 
 enum { GOOD = 0, BAD_VALUE = 1, BUG = 2, STATUS_BITS = 2 };
 
+/* Pieces of a share: the last one is what lanes may have to wait for. */
+enum { MOST_PIECES = 16, PIECE_BITS = 5, PIECES = (1 << PIECE_BITS) - 1 };
+
 /* Steps are numbered through all runs: number % step_count is the step that comes next, and the number grows by one as it
  * is done.  A run passes through the steps of one batch size, ended by a step that nobody takes.  Numbers only grow, so a
  * lane that comes late finds everything taken, whatever has happened meanwhile. */
 typedef struct share {
-  _Alignas(128) _Atomic uint64_t done;  /* number << STATUS_BITS | status; END makes the helpers end */
-  _Alignas(128) _Atomic uint64_t taken; /* number; not used of share 0, which the caller does in any case */
+  _Alignas(128) _Atomic uint64_t done;      /* number << STATUS_BITS | status; END makes the helpers end */
+  _Alignas(128) _Atomic uint64_t taken;     /* (number << PIECE_BITS | from the front) << PIECE_BITS | from the back */
+  _Atomic uint64_t finished;                /* (number << PIECE_BITS | pieces) << STATUS_BITS | status */
 } share;
 
 typedef struct lane {
@@ -46,7 +54,9 @@ typedef struct lane {
   void *scratch;
   pthread_t thread;
   int index;
-  bool impatient; /* had to do another lane's share the last time */
+  uint64_t called; /* number of the kernel it did slices of last */
+  int32_t last;    /* the last of them */
+  bool impatient;  /* did some of another lane's share the last time */
 } lane;
 
 /* Odd while a lane sleeps, or is about to. */
@@ -130,41 +140,95 @@ static int count_shares(const cnnc_rt_pool *pool, const cnnc_rt_step *step) {
   return step->slices < pool->count ? step->slices : pool->count;
 }
 
-static int32_t bound(int32_t slices, int shares, int index) { return (int32_t)((int64_t)slices * index / shares); }
+static int32_t bound(int32_t slices, int parts, int index) { return (int32_t)((int64_t)slices * index / parts); }
 
-static uint64_t call(const lane *self, const cnnc_rt_step *step, int shares, int index) {
-  int32_t lo = bound(step->slices, shares, index);
-  int32_t status = step->thunk(self->pool->bases, self->scratch, lo, bound(step->slices, shares, index + 1));
+static int32_t share_size(const cnnc_rt_step *step, int shares, int index) {
+  return bound(step->slices, shares, index + 1) - bound(step->slices, shares, index);
+}
+
+static int count_pieces(const cnnc_rt_step *step, int shares, int index) {
+  int32_t size = share_size(step, shares, index);
+  return size < MOST_PIECES ? size : MOST_PIECES;
+}
+
+static uint64_t call(lane *self, const cnnc_rt_step *step, uint64_t number, int32_t lo, int32_t hi) {
+  int32_t last = self->called == number ? self->last : -1;
+  int32_t status = step->thunk(self->pool->bases, self->scratch, last, lo, hi);
+  self->called = number;
+  self->last = hi - 1;
   return status == 0 ? GOOD : status > 0 ? BAD_VALUE : BUG;
 }
 
-/* Does a share; after a failure only hands the status on, so that it reaches the end of the run. */
-static void settle(lane *self, const cnnc_rt_step *step, uint64_t number, int shares, int index, uint64_t status) {
-  if (status == GOOD) {
-    status = call(self, step, shares, index);
-  }
-  post(self->pool, index, number << STATUS_BITS | status);
+static uint64_t call_piece(lane *self, const cnnc_rt_step *step, uint64_t number, int shares, int index, int piece) {
+  int32_t first = bound(step->slices, shares, index);
+  int32_t size = share_size(step, shares, index);
+  int pieces = count_pieces(step, shares, index);
+  return call(self, step, number, first + bound(size, pieces, piece), first + bound(size, pieces, piece + 1));
 }
 
-static bool take(share *wanted, uint64_t number) {
-  uint64_t last = atomic_load(&wanted->taken);
-  return last < number && atomic_compare_exchange_strong(&wanted->taken, &last, number);
+/* Takes the next piece of a share, from its front or its back; -1 if there is none. */
+static int take(share *from, uint64_t number, int pieces, bool front) {
+  uint64_t last = atomic_load(&from->taken);
+  for (;;) {
+    uint64_t of = last >> (2 * PIECE_BITS);
+    uint64_t now = of == number ? last : number << (2 * PIECE_BITS);
+    int before = (int)(now >> PIECE_BITS & PIECES);
+    int after = (int)(now & PIECES);
+    if (of > number || before + after >= pieces) {
+      return -1;
+    }
+    if (atomic_compare_exchange_weak(&from->taken, &last, now + (front ? 1 << PIECE_BITS : 1))) {
+      return front ? before : pieces - 1 - after;
+    }
+  }
+}
+
+/* Says that some pieces of a share are done; who does the last one says so of the share. */
+static void finish(cnnc_rt_pool *pool, int index, uint64_t number, int count, int pieces, uint64_t status) {
+  share *of = &pool->shares[index];
+  if (count < pieces) {
+    uint64_t last = atomic_load(&of->finished);
+    uint64_t now;
+    do {
+      now = last >> (PIECE_BITS + STATUS_BITS) == number ? last : number << (PIECE_BITS + STATUS_BITS);
+      now = (now + ((uint64_t)count << STATUS_BITS)) | status;
+    } while (!atomic_compare_exchange_weak(&of->finished, &last, now));
+    if ((int)(now >> STATUS_BITS & PIECES) < pieces) {
+      return;
+    }
+    status = now & (BAD_VALUE | BUG);
+  }
+  post(pool, index, number << STATUS_BITS | status);
+}
+
+/* Does what is left of a share; after a failure only hands the status on, so that it reaches the end of the run. */
+static bool help_with(lane *self, const cnnc_rt_step *step, uint64_t number, int shares, int index,
+                      uint64_t status) {
+  share *from = &self->pool->shares[index];
+  int pieces = count_pieces(step, shares, index);
+  int count = 0;
+  for (int piece; (piece = take(from, number, pieces, index == self->index)) >= 0; count++) {
+    if (status == GOOD) {
+      status = call_piece(self, step, number, shares, index, piece);
+    }
+  }
+  if (count > 0) {
+    finish(self->pool, index, number, count, pieces, status);
+  }
+  return count > 0;
 }
 
 static void work(lane *self, const cnnc_rt_step *step, uint64_t number, int shares, uint64_t status) {
-  share *all = self->pool->shares;
-  if (self->index == 0 || (self->index < shares && take(&all[self->index], number))) {
-    settle(self, step, number, shares, self->index, status);
+  if (self->index < shares) {
+    help_with(self, step, number, shares, self->index, status);
   }
-  for (int i = 1; i < shares; i++) {
-    /* A look at `taken` costs its owner a cache miss, so the owner is given a moment; unless it has been away. */
-    if (i == self->index || (!self->impatient && watch(&all[i].done, number))) {
+  for (int i = 1; i <= shares; i++) {
+    int index = (self->index + i) % shares;
+    /* A look at `taken` costs its owner a cache miss, so the owner is given a moment; unless it was late before. */
+    if (index == self->index || (!self->impatient && watch(&self->pool->shares[index].done, number))) {
       continue;
     }
-    self->impatient = take(&all[i], number);
-    if (self->impatient) {
-      settle(self, step, number, shares, i, status);
-    }
+    self->impatient = help_with(self, step, number, shares, index, status);
   }
 }
 
@@ -197,7 +261,7 @@ int32_t cnnc_rt_pool_run(cnnc_rt_pool *pool, const cnnc_rt_variant *variant, con
       work(self, step, number + 1, shares, status);
       status = join(pool, number + 1, shares);
     } else if (status == GOOD) {
-      status = call(self, step, 1, 0);
+      status = call(self, step, number + 1, 0, step->slices);
     }
     posted = shares > 1;
     if (counters != NULL) {

@@ -66,8 +66,10 @@ def call_kernel(tmp_path: Path) -> KernelCall:
         scratch = [aligned(np.full(kernel.scratch_bytes, 0xFF, np.uint8))] if kernel.scratch_bytes else []
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in (*arrays, output, *scratch)]
         bounds = [kernel.slices * i // pieces for i in range(pieces + 1)]
+        last = -1
         for low, high in reversed(list(pairwise(bounds))):
-            assert function(*pointers, low, high) == 0
+            assert function(*pointers, last, low, high) == 0
+            last = high - 1
         return output
 
     return call

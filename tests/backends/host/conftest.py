@@ -14,7 +14,7 @@ KERNELS = r"""
 #include <stdint.h>
 #include <math.h>
 enum { K = 32, N = 20 };
-int32_t matmul(const float *x, const float *w, float *t, double *sum, int32_t lo, int32_t hi) {
+int32_t matmul(const float *x, const float *w, float *t, double *sum, int32_t last, int32_t lo, int32_t hi) {
   for (int m = lo; m < hi; m++) {
     for (int n = 0; n < N; n++) {
       sum[n] = 0;
@@ -24,19 +24,19 @@ int32_t matmul(const float *x, const float *w, float *t, double *sum, int32_t lo
   }
   return 0;
 }
-int32_t bias_exp(const float *t, const float *b, float *y, int32_t lo, int32_t hi) {
+int32_t bias_exp(const float *t, const float *b, float *y, int32_t last, int32_t lo, int32_t hi) {
   for (int m = lo; m < hi; m++)
     for (int n = 0; n < N; n++) y[m * N + n] = expf(t[m * N + n] + b[n]);
   return 0;
 }
-int32_t argmax(const float *y, int32_t *best, int32_t lo, int32_t hi) {
+int32_t argmax(const float *y, int32_t *best, int32_t last, int32_t lo, int32_t hi) {
   for (int m = lo * 12; m < hi * 12; m++) {
     best[m] = 0;
     for (int n = 1; n < N; n++) if (y[m * N + n] > y[m * N + best[m]]) best[m] = n;
   }
   return 0;
 }
-int32_t gather(const float *x, const int32_t *index, float *y, int32_t lo, int32_t hi) {
+int32_t gather(const float *x, const int32_t *index, float *y, int32_t last, int32_t lo, int32_t hi) {
   for (int i = lo; i < hi; i++) {
     if (index[i] < 0) return -1;
     if (index[i] >= 8) return 1;
@@ -44,15 +44,15 @@ int32_t gather(const float *x, const int32_t *index, float *y, int32_t lo, int32
   }
   return 0;
 }
-int32_t halve(const float *x, float *y, int32_t lo, int32_t hi) {
+int32_t halve(const float *x, float *y, int32_t last, int32_t lo, int32_t hi) {
   for (int i = lo; i < hi; i++) y[i] = x[i] * 0.5f;
   return 0;
 }
-int32_t nothing(void *p, int32_t lo, int32_t hi) {
+int32_t nothing(void *p, int32_t last, int32_t lo, int32_t hi) {
   (void)p;
   return lo > hi;
 }
-int32_t spin(float *y, int32_t lo, int32_t hi) {
+int32_t spin(float *y, int32_t last, int32_t lo, int32_t hi) {
   for (int i = lo; i < hi; i++) {
     volatile double x = 1;
     for (int j = 0; j < 40000000; j++) x = x * 1.0000001;
@@ -60,9 +60,9 @@ int32_t spin(float *y, int32_t lo, int32_t hi) {
   }
   return 0;
 }
-int32_t needs_missing(float *y, int32_t lo, int32_t hi) {
-  extern int32_t no_such_function(float *, int32_t, int32_t);
-  return no_such_function(y, lo, hi);
+int32_t needs_missing(float *y, int32_t last, int32_t lo, int32_t hi) {
+  extern int32_t no_such_function(float *, int32_t, int32_t, int32_t);
+  return no_such_function(y, last, lo, hi);
 }
 """
 

@@ -19,7 +19,7 @@ from cnnc.backends.host.program import KernelCall, Port, Program, Slot
 COPY = r"""
 #include <stdint.h>
 #include <string.h>
-int32_t copy(const char *x, char *y, int32_t lo, int32_t hi) {
+int32_t copy(const char *x, char *y, int32_t last, int32_t lo, int32_t hi) {
   memcpy(y + (int64_t)lo * 4, x + (int64_t)lo * 4, (size_t)(hi - lo) * 4);
   return 0;
 }
