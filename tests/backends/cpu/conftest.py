@@ -51,8 +51,14 @@ def call_kernel(tmp_path: Path) -> KernelCall:
     count = 0
 
     def call(
-        func: Any, inputs: list[np.ndarray], shape: tuple[int, ...], pieces: int = 1, cpu: Any = TEST_CPU
+        func: Any,
+        inputs: list[np.ndarray],
+        shape: tuple[int, ...],
+        pieces: int = 1,
+        cpu: Any = TEST_CPU,
+        read_once: bool = False,
     ) -> np.ndarray:
+        """Run all slices, the last piece first; with `read_once` the first input is there for the first piece only."""
         nonlocal count
         count += 1
         kernel = compile_kernel(func, "kernel", cpu)
@@ -70,6 +76,8 @@ def call_kernel(tmp_path: Path) -> KernelCall:
         for low, high in reversed(list(pairwise(bounds))):
             assert function(*pointers, last, low, high) == 0
             last = high - 1
+            if read_once:
+                arrays[0][...] = np.nan
         return output
 
     return call

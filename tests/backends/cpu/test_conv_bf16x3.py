@@ -42,7 +42,13 @@ def best(shape: ConvShape) -> MatrixParams:
 
 
 def check(
-    call_kernel: Any, tile_cpu: Any, shape: ConvShape, params: MatrixParams, pieces: int = 1, stored: Any = np.float32
+    call_kernel: Any,
+    tile_cpu: Any,
+    shape: ConvShape,
+    params: MatrixParams,
+    pieces: int = 1,
+    stored: Any = np.float32,
+    **how: Any,
 ) -> None:
     """Hold relu(conv + bias + residual) against float64, as closely as float32 sums come to it."""
     rng = np.random.default_rng(shape.ic * 1000 + shape.h)
@@ -55,7 +61,7 @@ def check(
     blocks = Layout("NCHW16c")
     func = conv_bf16x3.build(shape, params, with_bias_and_residual(shape))
     packed = [blocks.pack(x), Layout("OIHW16i16o").pack(w), b, blocks.pack(extra)]
-    got = call_kernel(func, packed, shape.output_shape, pieces, tile_cpu)
+    got = call_kernel(func, packed, shape.output_shape, pieces, tile_cpu, **how)
     logical = blocks.unpack(got, wanted.shape)
     assert np.linalg.norm(logical - wanted) <= 4e-7 * np.linalg.norm(wanted)
     assert np.array_equal(blocks.pack(logical), got), "pad lanes must be 0"
@@ -74,6 +80,13 @@ def test_weights_split_early_are_those_of_their_block(
     """Few steps and several blocks of outputs, in one group of tiles, in groups of one size and of two."""
     shape = ConvShape(1, channels, 9, 13, 72, 1, 1)
     check(call_kernel, tile_cpu, shape, MatrixParams(rows, tiles, oc_blocks=3), pieces=2)
+
+
+@pytest.mark.parametrize("size", [(3, 3), (1, 1)])
+def test_slices_of_the_same_input_split_it_once(call_kernel: Any, tile_cpu: Any, size: tuple[int, int]) -> None:
+    """The smaller one's parts would have a place on the stack."""
+    shape = ConvShape(1, 40, *size, 96, *size, pad=(size[0] // 2,) * 4)
+    check(call_kernel, tile_cpu, shape, MatrixParams(9, 2, oc_blocks=2), pieces=3, read_once=True)
 
 
 @pytest.mark.parametrize("name", ["batch of 3, odd rows", "1x1", "asymmetric padding"])

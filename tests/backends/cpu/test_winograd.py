@@ -80,7 +80,9 @@ def operands(shape: WinogradShape, seed: int = 0) -> tuple[np.ndarray, np.ndarra
     return x, w, packed
 
 
-def check(call_kernel: Any, shape: WinogradShape, params: WinogradParams, machine: Machine, pieces: int = 1) -> None:
+def check(
+    call_kernel: Any, shape: WinogradShape, params: WinogradParams, machine: Machine, pieces: int = 1, **how: Any
+) -> None:
     c, blocks = shape.conv, Layout(f"NCHW{shape.conv.block}c")
     x, w, packed = operands(shape)
     rng = np.random.default_rng(c.oc)
@@ -88,7 +90,7 @@ def check(call_kernel: Any, shape: WinogradShape, params: WinogradParams, machin
     wanted = reference(c, x, w, b)
     extra = rng.standard_normal(wanted.shape, np.float32)
     func = winograd.build(shape, params, machine, with_bias_and_residual(shape))
-    got = call_kernel(func, [*packed, b, blocks.pack(extra)], c.output_shape, pieces)
+    got = call_kernel(func, [*packed, b, blocks.pack(extra)], c.output_shape, pieces, **how)
 
     logical = blocks.unpack(got, wanted.shape)
     work = reference(c, np.abs(x), np.abs(w), np.abs(b)) + np.abs(extra)
@@ -135,6 +137,11 @@ LONG = {
 def test_the_chosen_schedule_is_right(call_kernel: Any, name: str, block: int, tile: int) -> None:
     shape = WinogradShape(replace(SHAPES[name], block=block), tile)
     check(call_kernel, shape, best(shape, MACHINES[block]), MACHINES[block], pieces=3)
+
+
+def test_slices_of_the_same_tiles_transform_them_once(call_kernel: Any) -> None:
+    shape = WinogradShape(conv(1, 20, 11, 11, 64), 4)
+    check(call_kernel, shape, WinogradParams(shape.tiles, 3, 2, oc_slices=4), AVX2, pieces=3, read_once=True)
 
 
 @pytest.mark.parametrize("block", [8, 16])
