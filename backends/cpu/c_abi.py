@@ -64,8 +64,9 @@ def c_function(func: Any, symbol: str, noalias: bool, abi: Abi) -> Any:
     elif func.attrs.get(INDEPENDENT_LOOPS) is not None:
         body = _slice_each(body, lo, hi, abi)
     else:
-        whole = [] if previous is None else [tirx.Bind(previous, tirx.const(-1, "int32"))]
-        body = tirx.SeqStmt([*whole, _serial(body)])
+        body = _serial(body)
+        if previous is not None:
+            body = tirx.SeqStmt([tirx.Bind(previous, tirx.const(-1, "int32")), body])
         body = tirx.IfThenElse(tirx.all(tirx.EQ(lo, 0), tirx.LT(lo, hi)), body, None)
     buffers = [tirx.DeclBuffer(buffer, data=pointer) for buffer, pointer in data]
     body = tirx.SeqStmt([*buffers, body, tirx.Return(tirx.const(0, "int32"))])

@@ -58,8 +58,9 @@ class Machine:
         Cores are not equally fast: a lane that is done takes over slices of the others, but the last of each is waited
         for.  A binary for one thread should gain by more.
         """
-        if self.threads > 1:
-            return 1.0 + LAST_SLICE * self.threads / slices
+        lanes = min(self.threads, slices)
+        if lanes > 1:
+            return 1.0 + LAST_SLICE * lanes / slices
         return 1.0 + MORE_THREADS * -(-slices // MANY_THREADS) * MANY_THREADS / slices
 
     def fits(self, pixels: int, vectors: int) -> bool:

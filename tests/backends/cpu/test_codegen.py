@@ -64,7 +64,7 @@ def test_a_slice_writes_its_own_rows_only(tmp_path: Path) -> None:
     x, y = drawn(), aligned(np.full((ROWS, COLUMNS), -1, np.float32))
     scratch = poisoned((kernel.scratch_bytes,), np.dtype(np.uint8))
     library = link([kernel], tmp_path)
-    library.kernel(*(a.ctypes.data_as(_POINTER) for a in (x, y, scratch)), 3, 5)
+    library.kernel(*(a.ctypes.data_as(_POINTER) for a in (x, y, scratch)), -1, 3, 5)
     assert np.flatnonzero((y != -1).any(axis=1)).tolist() == [3, 4]
 
 
@@ -75,10 +75,10 @@ def test_a_kernel_without_a_parallel_loop_is_one_slice(tmp_path: Path) -> None:
     scratch = poisoned((kernel.scratch_bytes,), np.dtype(np.uint8))
     library = link([kernel], tmp_path)
     pointers = [a.ctypes.data_as(_POINTER) for a in (x, y, scratch)]
-    library.kernel(*pointers, 0, 0)
-    library.kernel(*pointers, 1, 2)
+    library.kernel(*pointers, -1, 0, 0)
+    library.kernel(*pointers, -1, 1, 2)
     assert (y == -1).all()
-    library.kernel(*pointers, 0, 1)
+    library.kernel(*pointers, -1, 0, 1)
     np.testing.assert_allclose(y, wanted(x), rtol=1e-5)
 
 
