@@ -56,7 +56,7 @@ def link(kernels: Sequence[KernelObject], folder: Path) -> ctypes.CDLL:
 
 
 def run(library: ctypes.CDLL, kernel: KernelObject, arrays: Sequence[np.ndarray], pieces: int = 3) -> None:
-    """Call a kernel on aligned arrays, its slices in `pieces` parts, the last part first, as a thread may that helps."""
+    """Call a kernel on aligned arrays, its slices in `pieces` parts, the last first, as a thread may that helps."""
     scratch = [poisoned((kernel.scratch_bytes,), np.dtype(np.uint8))] if kernel.scratch_bytes else []
     pointers = [ctypes.c_void_p(array.ctypes.data) for array in (*arrays, *scratch)]
     bounds = sorted({kernel.slices * i // pieces for i in range(pieces + 1)})
