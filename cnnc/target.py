@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -61,7 +60,11 @@ _FLAG_OF_FEATURE = {
 
 @dataclass(frozen=True)
 class Caches:
-    """Data cache sizes in bytes, of one core (L3: of the whole chip)."""
+    """Data cache sizes in bytes, of one core (L3: of the whole chip).
+
+    They are what kernels may count on, not this machine's, of which another thread may have a part: so a model is
+    compiled the same way everywhere.
+    """
 
     l1: int = 32 << 10
     l2: int = 1 << 20
@@ -99,7 +102,7 @@ class Target:
             arch = native_arch()
         if arch not in CPUS:
             raise UsageError(f"target {text!r}: CPU {arch!r} is not known; use one of {', '.join(CPUS)}")
-        return Target(kind, arch, CPUS[arch], machine_caches(), threads)
+        return Target(kind, arch, CPUS[arch], threads=threads)
 
     @property
     def is_gpu(self) -> bool:
@@ -197,18 +200,3 @@ def native_arch() -> str:
         if all(_FLAG_OF_FEATURE.get(f, f) in machine_flags() for f in CPUS[level]):
             return level
     return "x86-64-v2"
-
-
-@cache
-def machine_caches() -> Caches:
-    """Read this machine's cache sizes, with usual values where the system does not tell."""
-    names = {"SC_LEVEL1_DCACHE_SIZE": "l1", "SC_LEVEL2_CACHE_SIZE": "l2", "SC_LEVEL3_CACHE_SIZE": "l3"}
-    found = {}
-    for key, level in names.items():
-        try:
-            size = os.sysconf(key)
-        except (ValueError, OSError):
-            continue
-        if size > 0:
-            found[level] = size
-    return Caches(**found)

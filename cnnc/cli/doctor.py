@@ -82,7 +82,7 @@ def _compiler() -> Finding:
 
 def _cpu() -> Finding:
     target = Target.parse("cpu")
-    vectors = f"{target.vector_bytes * 8}-bit vectors, {target.caches.l2 >> 10} KiB L2"
+    vectors = f"{target.vector_bytes * 8}-bit vectors"
     return Finding("CPU", f"{cpu_model_name()} ({target}, {vectors})")
 
 
