@@ -65,12 +65,15 @@ typedef struct bell {
 } bell;
 
 struct cnnc_rt_pool {
-  _Alignas(128) const cnnc_rt_bases *bases; /* of the run; a helper may look while it has taken a share */
+  _Alignas(128) const cnnc_rt_bases *bases; /* of the run; a helper may look while it has taken a piece */
   uint64_t runs;
   int64_t patience_ns;
   int count;
   lane *lanes;
   bell bell;
+  /* number << STATUS_BITS of the kernel that a timed run's clock runs for: else helpers may have done all of the next one
+   * before the caller looks at the clock.  END where nobody looks. */
+  _Alignas(128) _Atomic uint64_t begun;
   share shares[];
 };
 
@@ -128,8 +131,8 @@ static void await(cnnc_rt_pool *pool, _Atomic uint64_t *done, uint64_t number) {
   }
 }
 
-static void post(cnnc_rt_pool *pool, int index, uint64_t done) {
-  atomic_store(&pool->shares[index].done, done);
+static void post(cnnc_rt_pool *pool, _Atomic uint64_t *watched, uint64_t value) {
+  atomic_store(watched, value);
   uint32_t word = atomic_load(&pool->bell.word);
   if ((word & 1) != 0 && atomic_compare_exchange_strong(&pool->bell.word, &word, word + 1)) {
     syscall(SYS_futex, &pool->bell.word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
@@ -198,7 +201,7 @@ static void finish(cnnc_rt_pool *pool, int index, uint64_t number, int count, in
     }
     status = now & (BAD_VALUE | BUG);
   }
-  post(pool, index, number << STATUS_BITS | status);
+  post(pool, &of->done, number << STATUS_BITS | status);
 }
 
 /* Does what is left of a share; after a failure only hands the status on, so that it reaches the end of the run. */
@@ -251,12 +254,18 @@ int32_t cnnc_rt_pool_run(cnnc_rt_pool *pool, const cnnc_rt_variant *variant, con
   bool posted = false;
   int64_t before = counters != NULL ? cnnc_rt_clock() : 0;
   pool->bases = bases;
+  if (counters != NULL || atomic_load(&pool->begun) != END) {
+    post(pool, &pool->begun, counters != NULL ? number << STATUS_BITS : END);
+  }
   for (int32_t k = variant->first_step; k < end; k++, number++) {
     const cnnc_rt_step *step = &cnnc_rt_the_model.steps[k];
     int shares = alone ? 1 : count_shares(pool, step);
     if (shares > 1) {
       if (!posted) {
-        post(pool, 0, number << STATUS_BITS | status);
+        post(pool, &pool->shares[0].done, number << STATUS_BITS | status);
+      }
+      if (counters != NULL) {
+        post(pool, &pool->begun, (number + 1) << STATUS_BITS);
       }
       work(self, step, number + 1, shares, status);
       status = join(pool, number + 1, shares);
@@ -292,13 +301,14 @@ static void *help(void *argument) {
     if (count_shares(pool, step) > 1) {
       /* Before the first kernel of a batch size is the end of another, of one share: that which opened the run. */
       uint64_t status = join(pool, number, k == 0 ? 1 : count_shares(pool, step - 1));
+      await(pool, &pool->begun, number + 1);
       work(self, step, number + 1, count_shares(pool, step), status);
     }
   }
 }
 
 static void stop(cnnc_rt_pool *pool, int started) {
-  post(pool, 0, END);
+  post(pool, &pool->shares[0].done, END);
   for (int i = 1; i < started; i++) {
     pthread_join(pool->lanes[i].thread, NULL);
   }
@@ -332,6 +342,7 @@ int cnnc_rt_pool_create(int threads, char *scratch, size_t scratch_stride, cnnc_
   }
   memset(pool, 0, size);
   pool->count = threads;
+  pool->begun = END;
   pool->patience_ns = threads <= cnnc_rt_allowed_cpus() ? PATIENCE_NS : 0;
   pool->lanes = (lane *)(void *)(pool->shares + threads);
   for (int i = 0; i < threads; i++) {

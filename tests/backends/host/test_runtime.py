@@ -38,7 +38,7 @@ typedef struct note {
   int32_t last;
 } note;
 
-static void dawdle(void);
+static void dawdle(int k);
 
 /* What slice `last` of this kernel noted is what the scratch memory still holds. */
 static bool is_kept(const note *scratch, int k, int32_t value, int32_t last) {
@@ -55,7 +55,7 @@ static int32_t step(const cnnc_rt_bases *bases, int k, int width, note *scratch,
   int32_t *to = k % 100 == counts[k / 100] - 1 ? bases->outputs[0] : buffers[(k + 1) % 2];
   const int32_t lo = first * width, hi = end * width;
   const bool kept = is_kept(scratch, k, from[lo], last);
-  dawdle();
+  dawdle(k);
   for (int32_t i = lo; i < hi; i++) {
     int32_t left = from[(i + WIDTH - 1) % WIDTH];
     int32_t right = from[(i + 1) % WIDTH];
@@ -129,6 +129,7 @@ static int once(cnnc_rt_context *context, int32_t value) {
   const unsigned mode = 0x1f80 | 0x8040 | 0x4000; /* flush denormals, round up */
   _mm_setcsr(mode);
   const int variant = abs(value) % 7 % VARIANTS;
+  cnnc_rt_profile(context, abs(value) % 5 == 2);
   int code = cnnc_rt_run_batch(context, variant + 1, in, out);
   if (_mm_getcsr() != mode) {
     return 1;
@@ -145,7 +146,7 @@ static int once(cnnc_rt_context *context, int32_t value) {
 """
 
 MANY_USERS = r"""
-static void dawdle(void) {}
+static void dawdle(int k) { (void)k; }
 
 static int rounds;
 
@@ -188,7 +189,7 @@ int main(int count, char **arguments) {
 
 # Helpers begin only after all runs, as on a machine that has no CPU for them.
 ABSENT_HELPERS = r"""
-static void dawdle(void) {}
+static void dawdle(int k) { (void)k; }
 
 static pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
 
@@ -241,9 +242,10 @@ static pthread_t caller;
 static bool helper_is_slow;
 static _Atomic int by_caller, by_helper;
 
-static void dawdle(void) {
+static void dawdle(int k) {
   const struct timespec pause = {0, 2000000};
   bool helps = !pthread_equal(pthread_self(), caller);
+  (void)k;
   atomic_fetch_add(helps ? &by_helper : &by_caller, 1);
   if (helps == helper_is_slow) {
     nanosleep(&pause, NULL);
@@ -263,6 +265,37 @@ int main(void) {
       relieved = helper_is_slow ? by_caller > 16 : by_helper > 16;
     }
     wrong += !relieved;
+  }
+  wrong += cnnc_rt_destroy(context);
+  printf("%d wrong\n", wrong);
+  return wrong != 0;
+}
+"""
+
+
+# A kernel that is slow for the helper, then one of 32 pieces of 20 us: what the helper does of them while the caller wakes
+# up is time of that kernel.
+TIMES = r"""
+static pthread_t caller;
+
+static void dawdle(int k) {
+  const struct timespec pause = {0, 2000000};
+  if (k == 200 && !pthread_equal(pthread_self(), caller)) {
+    nanosleep(&pause, NULL);
+  }
+  for (int64_t start = cnnc_rt_clock(); k == 201 && cnnc_rt_clock() - start < 20000;) {
+  }
+}
+
+int main(void) {
+  cnnc_rt_context *context;
+  int wrong = cnnc_rt_create(2, &context);
+  caller = pthread_self();
+  for (int i = 0; i < 50; i++) {
+    wrong += cnnc_rt_profile(context, 0) + cnnc_rt_profile(context, 1);
+    wrong += once(context, 37); /* timed, the batch size of four kernels */
+    uint64_t calls;
+    wrong += cnnc_rt_batch_kernel_ns(context, 3, 1, &calls) < 16 * 20000 || calls != 1;
   }
   wrong += cnnc_rt_destroy(context);
   printf("%d wrong\n", wrong);
@@ -323,6 +356,10 @@ def test_helpers_that_get_no_cpu_hold_nobody_up(tmp_path: Path, sanitizer: str) 
 
 def test_a_slow_lane_is_relieved(tmp_path: Path) -> None:
     check_runs(build(tmp_path, MODEL + SLOW_LANE, "-O2"), rounds=1)
+
+
+def test_a_timed_run_counts_what_helpers_do_as_time_of_that_kernel(tmp_path: Path) -> None:
+    check_runs(build(tmp_path, MODEL + TIMES, "-O2"), rounds=1)
 
 
 @pytest.mark.parametrize("compiler", [name for name in ("gcc", "clang") if shutil.which(name)])
