@@ -102,7 +102,7 @@ class Machine:
         return sum(count * self.tile_cycles(pixels, v) for v, count in self.vector_parts(pixels, group))
 
 
-LAST_SLICE = 0.15
+LAST_SLICE = 0.25
 """How long the last slice of a lane is waited for, on the average, as a share of it."""
 
 MORE_THREADS, MANY_THREADS = 0.01, 8
