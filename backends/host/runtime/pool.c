@@ -37,16 +37,16 @@
 
 enum { GOOD = 0, BAD_VALUE = 1, BUG = 2, STATUS_BITS = 2 };
 
-/* Pieces of a share: the last one is what lanes may have to wait for. */
+/* The most pieces of a share: the last of them is what others may wait for. */
 enum { MOST_PIECES = 16, PIECE_BITS = 5, PIECES = (1 << PIECE_BITS) - 1 };
 
 /* Steps are numbered through all runs: number % step_count is the step that comes next, and the number grows by one as it
  * is done.  A run passes through the steps of one batch size, ended by a step that nobody takes.  Numbers only grow, so a
  * lane that comes late finds everything taken, whatever has happened meanwhile. */
 typedef struct share {
-  _Alignas(128) _Atomic uint64_t done;      /* number << STATUS_BITS | status; END makes the helpers end */
-  _Alignas(128) _Atomic uint64_t taken;     /* (number << PIECE_BITS | from the front) << PIECE_BITS | from the back */
-  _Atomic uint64_t finished;                /* (number << PIECE_BITS | pieces) << STATUS_BITS | status */
+  _Alignas(128) _Atomic uint64_t done;  /* number << STATUS_BITS | status; END makes the helpers end */
+  _Alignas(128) _Atomic uint64_t taken; /* (number << PIECE_BITS | from the front) << PIECE_BITS | from the back */
+  _Atomic uint64_t finished;            /* (number << PIECE_BITS | pieces) << STATUS_BITS | status */
 } share;
 
 typedef struct lane {
@@ -205,8 +205,7 @@ static void finish(cnnc_rt_pool *pool, int index, uint64_t number, int count, in
 }
 
 /* Does what is left of a share; after a failure only hands the status on, so that it reaches the end of the run. */
-static bool help_with(lane *self, const cnnc_rt_step *step, uint64_t number, int shares, int index,
-                      uint64_t status) {
+static bool do_pieces(lane *self, const cnnc_rt_step *step, uint64_t number, int shares, int index, uint64_t status) {
   share *from = &self->pool->shares[index];
   int pieces = count_pieces(step, shares, index);
   int count = 0;
@@ -223,7 +222,7 @@ static bool help_with(lane *self, const cnnc_rt_step *step, uint64_t number, int
 
 static void work(lane *self, const cnnc_rt_step *step, uint64_t number, int shares, uint64_t status) {
   if (self->index < shares) {
-    help_with(self, step, number, shares, self->index, status);
+    do_pieces(self, step, number, shares, self->index, status);
   }
   for (int i = 1; i <= shares; i++) {
     int index = (self->index + i) % shares;
@@ -231,7 +230,7 @@ static void work(lane *self, const cnnc_rt_step *step, uint64_t number, int shar
     if (index == self->index || (!self->impatient && watch(&self->pool->shares[index].done, number))) {
       continue;
     }
-    self->impatient = help_with(self, step, number, shares, index, status);
+    self->impatient = do_pieces(self, step, number, shares, index, status);
   }
 }
 
