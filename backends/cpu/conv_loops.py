@@ -41,6 +41,7 @@ class ConvLoops:
         self.shape = shape = reshaped(shape, params)
         self.segments = segments_of(shape, params.pixels)
         self.channels = params.channels or shape.ic_blocks
+        self.together = _blocks_together(self.channels, shape.inner * shape.kh * shape.kw)
         self.row_tiles = sum(segment.count for segment in self.segments)
         self.staged: StagedRows | None = None
 
@@ -137,8 +138,12 @@ class ConvLoops:
             zero = tirx.Broadcast(tirx.const(0.0, "float32"), block)
             return t.store(sums, zero, v, p, 0, lanes=block)
 
+        def add(other: Any, v: Any, p: Any, *place: Any) -> Any:
+            total = t.load(sums, v, p, 0, lanes=block) + t.load(other, *place, 0, lanes=block)
+            return t.store(sums, total, v, p, 0, lanes=block)
+
         def go_on(v: Any, p: Any) -> Any:
-            return t.store(sums, t.load(self.y, *at((v, p), 0), lanes=block), v, p, 0, lanes=block)
+            return add(self.y, v, p, *at((v, p), 0)[:-1])
 
         def put_by(v: Any, p: Any) -> Any:
             return t.store(self.y, t.load(sums, v, p, 0, lanes=block), *at((v, p), 0), lanes=block)
@@ -154,12 +159,40 @@ class ConvLoops:
                 self._kernel_rows(sums, image, oc, row, column, segment, channels),
             )
 
+        is_padded = shape.last_inner != shape.inner and self.channels == shape.ic_blocks
+
+        def reduce_some(first: Any, count: int, is_last: bool) -> Any:
+            """Add up some blocks; where it is known which is the last, without the lanes that pad it."""
+            whole = count - (is_last and is_padded)
+            blocks = t.loop(whole, lambda i: reduce(first + i), "channel") if whole else None
+            return blocks if whole == count else t.sequence(blocks, reduce(first + whole, shape.last_inner))
+
         def reduce_all() -> Any:
-            """Add up all blocks; where it is known which is the last, without the lanes that pad it."""
-            last = self.channels - 1
-            if shape.last_inner == shape.inner or self.channels != shape.ic_blocks:
-                return t.loop(self.channels, reduce, "channel")
-            return t.sequence(t.loop(last, reduce, "channel") if last else None, reduce(last, shape.last_inner))
+            """Add up all blocks, so many at a time that sums stay short, and so exact."""
+            together, turns = self.together, -(-self.channels // self.together)
+            if turns == 1:
+                return reduce_some(0, self.channels, is_last=True)
+            totals = t.buffer("totals", (vectors, segment.pixels, block))
+
+            def put_in(v: Any, p: Any) -> Any:
+                return t.store(totals, t.load(sums, v, p, 0, lanes=block), v, p, 0, lanes=block)
+
+            def turn(number: Any, count: int = together, is_last: bool = False) -> Any:
+                blocks = reduce_some(number * together, count, is_last)
+                return t.sequence(each(start), blocks, each(lambda v, p: add(totals, v, p, v, p)))
+
+            def kept(number: Any) -> Any:
+                return t.sequence(turn(number), each(put_in))
+
+            last = turns - 1
+
+            return t.sequence(
+                t.alloc(totals),
+                reduce_some(0, together, is_last=False),
+                each(put_in),
+                t.loop(last - 1, kept, "turn", 1) if last > 1 else None,
+                turn(last, self.channels - last * together, is_last=True),
+            )
 
         def at(place: tuple[int, ...], lane: Any) -> tuple[Any, ...]:
             v, p = place
@@ -183,9 +216,9 @@ class ConvLoops:
         finished = finish(list(product(range(vectors), range(segment.pixels))), block, value, store)
         if self.channels == shape.ic_blocks:
             return t.sequence(t.alloc(sums), each(start), products, finished)
-        begin = t.when(first_channel == 0, each(start), each(go_on))
+        further = t.when(first_channel > 0, each(go_on))
         end = t.when(first_channel + self.channels == shape.ic_blocks, finished, each(put_by))
-        return t.sequence(t.alloc(sums), begin, products, end)
+        return t.sequence(t.alloc(sums), each(start), products, further, end)
 
     def _ask_for_weights(self, oc: Any, vectors: int, segment: Segment, channel: Any, number: Any) -> Any:
         """Ask for the weights of the next group, each tile for a share: hardware does so up to the end of a page only.
@@ -299,6 +332,16 @@ class ConvLoops:
         if self.staged is not None:
             return self.staged.load(channel, row, column, lane)
         return self.t.load(self.x, image, channel, *self._position(row, column), lane)
+
+
+MOST_TERMS = 640
+"""Products to add up one after the other: of two sums as long, the rounding error is less than of one of both."""
+
+
+def _blocks_together(blocks: int, terms: int) -> int:
+    """Give how many of some blocks of channels, with so many products each, to add up in one sum."""
+    turns = min(-(-blocks * terms // MOST_TERMS), blocks)
+    return -(-blocks // turns)
 
 
 LINE = 16

@@ -273,8 +273,8 @@ int main(void) {
 """
 
 
-# A kernel that is slow for the helper, then one of 32 pieces of 20 us: what the helper does of them while the caller wakes
-# up is time of that kernel.
+# A kernel that is slow for the helper, then one of 32 pieces of 20 us: what the helper does of them while the caller
+# wakes up is time of that kernel.
 TIMES = r"""
 static pthread_t caller;
 
