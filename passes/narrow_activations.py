@@ -3,9 +3,10 @@
     g(f(x)) -> g'(f'(x)),  f' = cast{f16}(f(...)), g' = g(cast{f32}(...))      f, g kernels
 
 A kernel widens what it reads and rounds once what it writes; all of its arithmetic stays f32, sums and norms included,
-and products of such numbers are exact in f32.  So what the graph means is what tensor cores compute.  Kernels that only
-move data move the 16 bits as they are.  Inputs and outputs of the network stay f32, as do constants (see
-narrow_weights) and what a kernel makes integers of: positions, orders and conditions.
+and products of such numbers are exact in f32.  So what the graph means is what tensor cores compute, but for the shares
+of attention, which they take in 16 bits.  Kernels that only move data move the 16 bits as they are.  Inputs and outputs
+of the network stay f32, as do constants (see narrow_weights) and what a kernel makes integers of: positions, orders and
+conditions.
 """
 
 from __future__ import annotations

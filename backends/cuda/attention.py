@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from cnnc.backends.cuda.machine import GPUS, LANES, NOT_HIDDEN, SECONDS_PER_LAUNCH
+from cnnc.backends.cuda.machine import CYCLES_A_SECOND, GPUS, LANES, NOT_HIDDEN, QUARTERS, SECONDS_PER_LAUNCH
 from cnnc.backends.cuda.operands import follows_in_registers, stored_operands
 from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.ir.graph import Node, Value
@@ -73,6 +73,7 @@ class AttentionShape:
     queries: int
     keys: int
     sizes: tuple[int, int, int]
+    is_masked: bool = False
 
     @property
     def features(self) -> int:
@@ -98,6 +99,13 @@ class AttentionShape:
     def values(self) -> int:
         """Features of a value in shared memory."""
         return COLUMNS * self.value_vector * self.value_vectors
+
+    @property
+    def nbytes(self) -> int:
+        """What is read and written at least, the output as f32."""
+        q, k, v = self.sizes
+        read = self.queries * self.op.size * q + self.keys * (self.op.size * k + self.op.value_size * v)
+        return self.batch * self.op.heads * (read + 4 * self.queries * self.op.value_size)
 
     def blocks(self, tile: AttentionParams) -> int:
         """Count the blocks of threads."""
@@ -176,7 +184,8 @@ class StoredAttention:
         """Its sizes."""
         q, k, v = (value.type for value in self.stored[:3])
         (batch, queries, _), (_, keys, _) = q.static_shape, k.static_shape
-        return AttentionShape(self.op, batch, queries, keys, (q.dtype.itemsize, k.dtype.itemsize, v.dtype.itemsize))
+        sizes = (q.dtype.itemsize, k.dtype.itemsize, v.dtype.itemsize)
+        return AttentionShape(self.op, batch, queries, keys, sizes, len(self.stored) > 3)
 
 
 @lru_cache(256)
@@ -197,8 +206,6 @@ def _matched(kernel: Fused) -> StoredAttention:
 
 # What it takes
 
-_CYCLES_A_SECOND = 1.4e9
-_QUARTERS = 4
 _LONE_WARP = 0.3
 """Instructions a cycle of a warp that has its quarter of a multiprocessor to itself."""
 
@@ -225,10 +232,10 @@ def seconds(shape: AttentionShape, tile: AttentionParams, target: Target) -> flo
     blocks = shape.blocks(tile)
     here = min(shape.resident(tile, target), math.ceil(blocks / gpu.multiprocessors))
     rounds = math.ceil(blocks / (gpu.multiprocessors * here))
-    quarter = here * warps / _QUARTERS
+    quarter = here * warps / QUARTERS
     cycles = _instructions(shape, tile) * quarter / min(1.0, _LONE_WARP * max(1.0, quarter))
     cycles += _TILE_LATENCY * math.ceil(shape.keys / tile.block_keys) / here
-    bounds = rounds * (cycles + _LATENCY) / _CYCLES_A_SECOND, _nbytes(shape) / gpu.bandwidth
+    bounds = rounds * (cycles + _LATENCY) / CYCLES_A_SECOND, shape.nbytes / gpu.bandwidth
     return max(bounds) + NOT_HIDDEN * sum(bounds) + SECONDS_PER_LAUNCH
 
 
@@ -244,13 +251,6 @@ def _instructions(shape: AttentionShape, tile: AttentionParams) -> float:
     fill = 4 * block_keys * (shape.features + shape.values) / VECTOR / tile.threads
     each = dots + means + fill + rows * keys * _OF_A_SCORE + rows * _OF_A_ROW + _OF_A_TILE
     return each * math.ceil(shape.keys / block_keys)
-
-
-def _nbytes(shape: AttentionShape) -> int:
-    """Give what is read and written at least, the output as f32."""
-    op, (q, k, v) = shape.op, shape.sizes
-    read = shape.queries * op.size * q + shape.keys * (op.size * k + op.value_size * v)
-    return shape.batch * op.heads * (read + 4 * shape.queries * op.value_size)
 
 
 def _whole(extent: int, tile: int) -> int:

@@ -7,18 +7,16 @@ from typing import Any
 
 from tvm import tirx
 
-from cnnc.backends.cuda.attention import COLUMNS, VECTOR, AttentionParams, StoredAttention
+from cnnc.backends.cuda.attention import COLUMNS, VECTOR, AttentionParams, AttentionShape, StoredAttention
 from cnnc.backends.cuda.bodies import body_after
 from cnnc.backends.cuda.codegen import RESIDENT_BLOCKS
 from cnnc.backends.cuda.exponential import exp_of_difference
 from cnnc.backends.cuda.launches import barrier, launch, reduce_lanes
+from cnnc.backends.cuda.online_softmax import LEAST
 from cnnc.backends.cuda.operands import vector_of
 from cnnc.backends.cuda.vectors import copy_vector
 from cnnc.backends.lower import loops
 from cnnc.ops.fused import Fused
-
-_LEAST = -3.4028234663852886e38
-"""The least finite number."""
 
 MOST_LOADS = 8
 """Vectors that a thread has on their way to shared memory at once."""
@@ -27,6 +25,14 @@ MOST_LOADS = 8
 def attention_func(kernel: Fused, found: StoredAttention, tile: AttentionParams, resident: int) -> Any:
     """Give the PrimFunc over the kernel's inputs, then its output, for so many blocks at once."""
     return _Attention(kernel, found, tile).function().with_attr(RESIDENT_BLOCKS, resident)
+
+
+def mask_at(mask: Any, shape: AttentionShape, index: tuple[Any, Any, Any, Any]) -> Any:
+    """Give what a mask adds to the score (batch, head, query, key); beyond the last query or key, to the last one's."""
+    batch, head, query, key = index
+    query, key = tirx.min(query, loops.const(shape.queries - 1)), tirx.min(key, loops.const(shape.keys - 1))
+    own = zip(mask.shape, (batch, head, query, key)[4 - len(mask.shape) :], strict=True)
+    return loops.widened(mask, *(0 if int(size) == 1 else at for size, at in own))
 
 
 class _Attention:
@@ -213,7 +219,7 @@ class _Attention:
 
         new = loops.load(self.factor, 0)
         # Where all scores so far are -inf, their shares are 0, and no NaN.
-        finite = tirx.max(tirx.const(_LEAST, "float32"), new)
+        finite = tirx.max(tirx.const(LEAST, "float32"), new)
         before = loops.load(self.factor, 1)
         return loops.sequence(
             loops.unrolled(keys, finish, "j"),
@@ -232,12 +238,8 @@ class _Attention:
         )
 
     def _mask(self, i: Any, key: Any) -> Any:
-        """Give what the mask adds to a score; beyond the last query or key, what it adds to the last one's."""
-        query = tirx.min(self.first + self._query(i), loops.const(self.shape.queries - 1))
-        key = tirx.min(key, loops.const(self.shape.keys - 1))
-        shape = self.stored[3].type.static_shape
-        own = zip(shape, (self.batch, self.head, query, key)[4 - len(shape) :], strict=True)
-        return loops.widened(self.operands[3], *(0 if size == 1 else index for size, index in own))
+        """Give what the mask adds to a score."""
+        return mask_at(self.operands[3], self.shape, (self.batch, self.head, self.first + self._query(i), key))
 
     # shares v
 

@@ -19,8 +19,11 @@ _REGISTERS = 1 << 16
 _REGISTER_UNIT = 256
 """Registers are given to a warp in such portions ..."""
 
-_PARTITIONS = 4
-"""... by one of so many parts of the multiprocessor."""
+QUARTERS = 4
+"""... by one of so many parts of the multiprocessor, each with cores and warps of its own."""
+
+CYCLES_A_SECOND = 1.4e9
+"""Of a multiprocessor at work."""
 
 _SHARED_UNIT = 128
 _SHARED_RESERVED = 1 << 10
@@ -67,7 +70,7 @@ class Gpu:
         """
         warps = _ceil(threads, LANES)
         of_a_warp = _ceil(max(registers, 1) * LANES, _REGISTER_UNIT) * _REGISTER_UNIT
-        fitting = _REGISTERS // _PARTITIONS // of_a_warp * _PARTITIONS
+        fitting = _REGISTERS // QUARTERS // of_a_warp * QUARTERS
         shared = _ceil(shared_bytes + _SHARED_RESERVED, _SHARED_UNIT) * _SHARED_UNIT
         limits = {
             "warps": self.warps // warps,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from cnnc.backends.cuda.machine import CHUNK_BYTES, GPUS, LANES, NOT_HIDDEN, SECONDS_PER_LAUNCH
+from cnnc.backends.cuda.machine import CHUNK_BYTES, CYCLES_A_SECOND, GPUS, LANES, NOT_HIDDEN, SECONDS_PER_LAUNCH
 from cnnc.backends.cuda.operands import follows_in_registers, stored_plain, vector_of
 from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.ir.graph import Node, Value
@@ -172,7 +172,6 @@ _LATENCY = 8e-7
 _LOADS = 4
 """Loads that a thread has under way at most: ptxas puts others off, to keep registers for more threads."""
 
-_CYCLES_A_SECOND = 1.4e9
 _L2_BYTES_A_CYCLE = 32
 _L1_BYTES_A_CYCLE = 64
 """What a multiprocessor gets from its caches."""
@@ -196,9 +195,9 @@ def seconds(shape: MatVecShape, tile: MatVecParams, target: Target) -> float:
         * min(CHUNK_BYTES, shape.lanes * shape.weight_bytes)
     )
     weights = blocks * tile.block_outputs * shape.depth
-    rate = min(under_way / _LATENCY, _L2_BYTES_A_CYCLE * _CYCLES_A_SECOND)
+    rate = min(under_way / _LATENCY, _L2_BYTES_A_CYCLE * CYCLES_A_SECOND)
     loads = weights * shape.weight_bytes / rate
-    near = weights / tile.outputs * shape.rows * shape.x_bytes / (_L1_BYTES_A_CYCLE * _CYCLES_A_SECOND)
+    near = weights / tile.outputs * shape.rows * shape.x_bytes / (_L1_BYTES_A_CYCLE * CYCLES_A_SECOND)
     peak = gpu.flops / gpu.multiprocessors * _SHARE_OF_PEAK
     arithmetic = 2 * weights * shape.rows / peak
     bounds = (memory, loads, near, arithmetic)

@@ -7,7 +7,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from cnnc.backends.cuda.machine import CHUNK_BYTES, GPUS, LANES, MULTIPROCESSORS, NOT_HIDDEN, SECONDS_PER_LAUNCH
+from cnnc.backends.cuda.machine import (
+    CHUNK_BYTES,
+    CYCLES_A_SECOND,
+    GPUS,
+    LANES,
+    MULTIPROCESSORS,
+    NOT_HIDDEN,
+    QUARTERS,
+    SECONDS_PER_LAUNCH,
+)
 from cnnc.ir.types import DType
 from cnnc.target import Target
 
@@ -159,7 +168,7 @@ class MmaShape:
 FEWEST_STEPS = 4
 """Stages that a part of the depth should have: fewer are over before the copies are under way."""
 
-_CYCLES_OF_MMA = {"sm_80": 8, "sm_86": 32, "sm_89": 32, "sm_90": 6, "sm_90a": 6}
+CYCLES_OF_MMA = {"sm_80": 8, "sm_86": 32, "sm_89": 32, "sm_90": 6, "sm_90a": 6}
 """Between instructions of tensor cores in a multiprocessor's quarter; tf32's take as long, and do half the work."""
 
 _WGMMA_COLUMNS_A_CYCLE = 2
@@ -168,9 +177,7 @@ _WGMMA_COLUMNS_A_CYCLE = 2
 _WGMMA_CYCLES_OF_STEP = 60
 """From one stage to the next: warps of all groups wait for each other, and find out where the chunks are."""
 
-_CYCLES_A_SECOND = 1.4e9
-_QUARTERS = 4
-_BYTES_A_CYCLE = 32
+BYTES_A_CYCLE = 32
 """What a multiprocessor gets from the L2 cache."""
 
 _LATENCY = 700
@@ -190,11 +197,11 @@ def seconds(shape: MmaShape, tile: BlockTile, target: Target) -> float:
     at_once = resident(tile, target)
     here = min(at_once, math.ceil(blocks / multiprocessors))
     multiply = _wgmma_cycles(tile, here) if isinstance(tile, WgmmaParams) else _mma_cycles(tile, here, target)
-    read = tile.depth * (tile.rows + tile.columns) * CHUNK_BYTES / _BYTES_A_CYCLE
+    read = tile.depth * (tile.rows + tile.columns) * CHUNK_BYTES / BYTES_A_CYCLE
     cycles = shape.steps(tile) * max(multiply, read) * here + _LATENCY
     rounds = math.ceil(blocks / (multiprocessors * here))
     memory = shape.batches * shape.columns * shape.chunks * CHUNK_BYTES / GPUS[target.arch].bandwidth
-    bounds = rounds * cycles / _CYCLES_A_SECOND, memory
+    bounds = rounds * cycles / CYCLES_A_SECOND, memory
     total = max(bounds) + NOT_HIDDEN * sum(bounds) + SECONDS_PER_LAUNCH
     if tile.splits > 1:
         moved = 2 * 4 * tile.splits * shape.batches * shape.rows * shape.columns
@@ -206,8 +213,8 @@ def _mma_cycles(tile: MmaParams, here: int, target: Target) -> float:
     """Estimate the cycles in which `here` blocks multiply a stage each, by their number."""
     instructions = tile.rows // MMA_ROWS * (tile.columns // MMA_COLUMNS) * (tile.depth // 2)
     # A warp alone does not keep its quarter of a multiprocessor busy.
-    busy = min(1.0, 0.35 + 0.2 * here * tile.threads / LANES / _QUARTERS)
-    return instructions / _QUARTERS * _CYCLES_OF_MMA[target.arch] / busy
+    busy = min(1.0, 0.35 + 0.2 * here * tile.threads / LANES / QUARTERS)
+    return instructions / QUARTERS * CYCLES_OF_MMA[target.arch] / busy
 
 
 def _wgmma_cycles(tile: WgmmaParams, here: int) -> float:

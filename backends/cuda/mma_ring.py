@@ -10,14 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 from cnnc.backends.cuda import tensor_cores
 from cnnc.backends.cuda.launches import address, call
-from cnnc.backends.cuda.mma_params import BlockTile
 from cnnc.backends.lower import loops
 
-__all__ = ["HALF_ROWS", "Operand", "Order", "Ring", "Store", "Sums"]
+__all__ = ["HALF_ROWS", "Operand", "Order", "Ring", "Staged", "Store", "Sums"]
 
 Chunk = Callable[[Any, Any], tuple[Any, Any]]
 """The address of a chunk in memory, and whether it is there, by its row in the tile and its number in depth."""
@@ -58,6 +57,22 @@ class Sums:
     finish: Callable[[Store], Any]
 
 
+class Staged(Protocol):
+    """What a ring is to know of a tile."""
+
+    @property
+    def threads(self) -> int:
+        """The threads of a block."""
+
+    @property
+    def depth(self) -> int:
+        """Chunks of depth in a stage."""
+
+    @property
+    def stages(self) -> int:
+        """Stages of the ring."""
+
+
 @dataclass(frozen=True)
 class Ring(ABC):
     """An operand's part of shared memory, a ring of stages, each of `lines` lines of `line` chunks side by side."""
@@ -65,7 +80,7 @@ class Ring(ABC):
     operand: Operand
     rows: int
     start: int
-    tile: BlockTile
+    tile: Staged
 
     @property
     def across(self) -> bool:

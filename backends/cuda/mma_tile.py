@@ -9,7 +9,6 @@ warp keeps the sums of its own tile in registers, from which the caller takes th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +22,11 @@ from cnnc.backends.cuda.mma_ring import HALF_ROWS, Operand, Order, Ring, Store, 
 from cnnc.backends.lower import loops
 from cnnc.ir.types import DType
 
-__all__ = ["store_fragments", "tile_product"]
+__all__ = ["MatrixRing", "store_fragments", "tile_product"]
 
 
 @dataclass(frozen=True)
-class _Shared(Ring):
+class MatrixRing(Ring):
     """Lines one after the other, which `ldmatrix` loads by the address of each row."""
 
     @property
@@ -44,7 +43,17 @@ class _Shared(Ring):
         """Give the place of a chunk, counted in chunks."""
         return self.start + (stage * self.lines + line) * self.pitch + position
 
-    def load(self, registers: Any, memory: Any, stage: Any, chunk: Any, row: Any, lane: Any) -> Any:
+    def load_rows(self, registers: Any, memory: Any, stage: Any, pair: Any, row: Any, lane: Any) -> Any:
+        """Load 16 rows of two chunks as a first operand: rows 0 and 8 of the first chunk, then of the second."""
+        chunk, half = pair * 2 + lane // 16, lane // 8 % 2 * HALF_ROWS
+        return self._load(registers, memory, stage, chunk, row + half, lane)
+
+    def load_columns(self, registers: Any, memory: Any, stage: Any, pair: Any, column: Any, lane: Any) -> Any:
+        """Load 16 columns of two chunks as two second operands: both chunks of columns 0, then of columns 8."""
+        chunk, half = pair * 2 + lane // 8 % 2, lane // 16 * HALF_ROWS
+        return self._load(registers, memory, stage, chunk, column + half, lane)
+
+    def _load(self, registers: Any, memory: Any, stage: Any, chunk: Any, row: Any, lane: Any) -> Any:
         """Load four matrices, the lanes' of 8 rows from `row` on, at a chunk of depth (each may differ by lane)."""
         if not self.across:
             return call(tensor_cores.LOAD, registers, address(memory, self.place(stage, chunk, row + lane % 8)))
@@ -57,8 +66,8 @@ def tile_product(tile: MmaParams, dtype: DType, a: Operand, b: Operand, thread: 
 
     Both are expressions; there may be no step at all.
     """
-    left = _Shared(a, tile.rows, 0, tile)
-    right = _Shared(b, tile.columns, left.chunks, tile)
+    left = MatrixRing(a, tile.rows, 0, tile)
+    right = MatrixRing(b, tile.columns, left.chunks, tile)
     memory = loops.buffer("shared", (left.chunks + right.chunks,), "uint32x4", "shared.dyn")
     sums = loops.buffer("sums", (tile.sums,), scope="local")
     warp, lane = thread // LANES, thread % LANES
@@ -95,8 +104,8 @@ def _multiply(
     dtype: DType,
     memory: Any,
     sums: Any,
-    rows: tuple[_Shared, Any],
-    columns: tuple[_Shared, Any],
+    rows: tuple[MatrixRing, Any],
+    columns: tuple[MatrixRing, Any],
     stage: Any,
     lane: Any,
 ) -> Any:
@@ -106,21 +115,11 @@ def _multiply(
     a = loops.buffer("a", (4 * high,), "uint32", "local")
     b = loops.buffer("b", (2 * wide,), "uint32", "local")
 
-    def load_rows(pair: Any) -> Callable[[Any], Any]:
-        # Matrices: rows 0 and 8 of the first chunk, then of the second.
-        def load(i: Any) -> Any:
-            chunk, half = pair * 2 + lane // 16, lane // 8 % 2 * HALF_ROWS
-            return left.load(address(a, i * 4), memory, stage, chunk, row + i * MMA_ROWS + half, lane)
+    def load_left(pair: Any, i: Any) -> Any:
+        return left.load_rows(address(a, i * 4), memory, stage, pair, row + i * MMA_ROWS, lane)
 
-        return load
-
-    def load_columns(pair: Any) -> Callable[[Any], Any]:
-        # Matrices: both chunks of columns 0, then of columns 8.
-        def load(j: Any) -> Any:
-            chunk, half = pair * 2 + lane // 8 % 2, lane // 16 * HALF_ROWS
-            return right.load(address(b, j * 4), memory, stage, chunk, column + j * 16 + half, lane)
-
-        return load
+    def load_right(pair: Any, j: Any) -> Any:
+        return right.load_columns(address(b, j * 4), memory, stage, pair, column + j * 16, lane)
 
     def products(i: Any) -> Any:
         return loops.unrolled(
@@ -136,8 +135,8 @@ def _multiply(
 
     def step(pair: Any) -> Any:
         return loops.sequence(
-            loops.unrolled(high, load_rows(pair), "i"),
-            loops.unrolled(wide // 2, load_columns(pair), "j"),
+            loops.unrolled(high, lambda i: load_left(pair, i), "i"),
+            loops.unrolled(wide // 2, lambda j: load_right(pair, j), "j"),
             rounded(a, 4 * high),
             rounded(b, 2 * wide),
             loops.unrolled(high, products, "i"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cnnc.backends.cuda.attention import AttentionTemplate
+from cnnc.backends.cuda.attention_mma import AttentionMma
 from cnnc.backends.cuda.conv_first import ConvFirst
 from cnnc.backends.cuda.conv_gemm import ConvGemm
 from cnnc.backends.cuda.conv_mma import ConvMma
@@ -28,6 +29,7 @@ TEMPLATES: tuple[Template, ...] = (
     MatVec(),
     Pool(),
     GlobalPool(),
+    AttentionMma(),
     AttentionTemplate(),
     Rows(),
     Generic(),

@@ -26,6 +26,12 @@ LOAD = f"{PREFIX}load"
 LOAD_TRANSPOSED = f"{PREFIX}load_transposed"
 """The same, each matrix transposed."""
 
+PACK = {DType.F16: f"{PREFIX}pack_f16", DType.BF16: f"{PREFIX}pack_bf16"}
+"""(first, second): two f32 numbers as 16-bit ones of a register, each rounded to the nearest."""
+
+EXP2 = f"{PREFIX}exp2"
+"""(x): 2**x with a relative error of 2**-22; 0 where that is below the least normal number."""
+
 
 def wait(groups: int) -> str:
     """Name the function that waits until no more than this many groups of a thread's copies are on their way."""
@@ -57,6 +63,16 @@ static __device__ __forceinline__ void {name}(unsigned *to, const void *from) {{
 """
 
 
+def _pack(name: str, kind: str) -> str:
+    return f"""\
+static __device__ __forceinline__ unsigned {name}(float first, float second) {{
+  unsigned both;
+  asm("cvt.rn.{kind}.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  return both;
+}}
+"""
+
+
 SOURCE = f"""\
 #ifndef CNNC_TENSOR_CORES
 #define CNNC_TENSOR_CORES
@@ -82,5 +98,12 @@ template <int COUNT> static __device__ __forceinline__ void {PREFIX}round(unsign
 {_mma(MMA[DType.F16], "m16n8k16", "f16.f16")}\
 {_mma(MMA[DType.BF16], "m16n8k16", "bf16.bf16")}\
 {_mma(MMA[DType.F32], "m16n8k8", "tf32.tf32")}\
+{_pack(PACK[DType.F16], "f16x2")}\
+{_pack(PACK[DType.BF16], "bf16x2")}\
+static __device__ __forceinline__ float {EXP2}(float x) {{
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}}
 #endif
 """

@@ -74,7 +74,7 @@ def shallow(x: Tensor) -> Tensor:
 
 def test_layers_of_warp_groups(fake_gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the one architecture that has them, where small layers are theirs if `mma` takes ever so long."""
-    monkeypatch.setitem(mma_params._CYCLES_OF_MMA, "sm_90a", 10_000)
+    monkeypatch.setitem(mma_params.CYCLES_OF_MMA, "sm_90a", 10_000)
     net = shallow(batch=2).init(seed=3)
     module = cnnc.compile(net, target="cuda:sm_90a", dtype="f16")
     assert module.build is not None

@@ -204,4 +204,17 @@ static inline void cnnc_tc_mma_tf32(float *sums, const unsigned *a, const unsign
   cnnc_emulation::multiply<cnnc_emulation::Tf32, 8>(sums, a, b);
 }
 
+/* Of the two numbers in a register the first has the lower bits. */
+template <class T> unsigned cnnc_tc_pack(float first, float second) { return T(second).bits * 0x10000u + T(first).bits; }
+
+static inline unsigned cnnc_tc_pack_f16(float first, float second) { return cnnc_tc_pack<half>(first, second); }
+
+static inline unsigned cnnc_tc_pack_bf16(float first, float second) { return cnnc_tc_pack<nv_bfloat16>(first, second); }
+
+/* Flushes to 0 what is no normal number, before and after. */
+static inline float cnnc_tc_exp2(float x) {
+  float power = std::exp2(x);
+  return power < 0x1p-126f ? 0.0f : power;
+}
+
 #pragma GCC pop_options
