@@ -31,7 +31,8 @@ RESIDENT_BLOCKS = "cnnc.resident_blocks"
 Its threads may then use the registers that this leaves them; otherwise ptxas aims at more blocks, and spills for them.
 """
 
-_KERNEL = 'extern "C" __global__'
+KERNEL = 'extern "C" __global__'
+"""What the functions of a source begin with, after those they call."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ template <class T> static __device__ __forceinline__ T cnnc_min(T a, T b) { retu
 
 def _with_own_prelude(text: str) -> str:
     """Put what the functions need in the place of TVM's prelude, which needs more of the toolkit and of nvcc's time."""
-    start = text.index(_KERNEL)
+    start = text.index(KERNEL)
     functions = text[start:]
     includes: Sequence[str] = [
         f"#include <{header}>\n{_vector_of_four(word) if f'{word}4' in functions else ''}"

@@ -11,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 from cnnc.backends.cache import DiskCache
-from cnnc.backends.cuda.codegen import CudaSource, Launch, cuda_source
+from cnnc.backends.cuda.codegen import KERNEL, CudaSource, Launch, cuda_source
 from cnnc.backends.cuda.nvcc import FLAGS, Fatbin, Usage, compile_fatbin, nvcc_version
 from cnnc.backends.cuda.templates import template
+from cnnc.backends.cuda.tensor_cores import MMA
+from cnnc.backends.cuda.wgmma import PREFIX as WGMMA
 from cnnc.backends.load_tvm import load_tvm
 from cnnc.backends.lower.identity import kernel_key
 from cnnc.errors import VerifyError
@@ -21,8 +23,8 @@ from cnnc.ops.fused import Fused
 from cnnc.passes.plan_memory import is_elementwise
 from cnnc.target import Target
 
-_MULTIPLY = re.compile(r"\b(mma\.sync|wgmma\.mma_async)\b")
-"""The instructions of tensor cores."""
+_MULTIPLY = re.compile(rf"\b({'|'.join(MMA.values())})\b|\b{WGMMA}")
+"""What kernels call that multiply on tensor cores."""
 
 MOST_AT_ONCE = 8
 """Runs of nvcc at one time: each takes some hundred megabytes."""
@@ -104,7 +106,9 @@ def kernel_source(symbol: str, kernel: Fused, target: Target) -> CudaSource:
 def compiled(source: CudaSource, target: Target) -> CudaKernel:
     """Compile a source."""
     fatbin = compile_fatbin(source, target) if source.launches else Fatbin(b"", ())
-    tensor_cores = _MULTIPLY.search(source.text) is not None
+    # What comes before has functions for tensor cores where a kernel uses any that are written in PTX, such as copies.
+    _, _, functions = source.text.partition(KERNEL)
+    tensor_cores = _MULTIPLY.search(functions) is not None
     return CudaKernel(source.symbol, fatbin.code, source.launches, source.scratch_bytes, fatbin.usage, tensor_cores)
 
 

@@ -1,4 +1,4 @@
-"""The launches of a product of matrices on tensor cores: one, or one for parts of the depth and one to add them up.
+"""The launches of a product of matrices in tiles: one, or one for parts of the depth and one to add them up.
 
 Sums over parts go through scratch memory and are added in order, so that every run gives the same bits.
 """
@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm import tirx
 
+from cnnc.backends.cuda.ffma_params import FfmaParams
+from cnnc.backends.cuda.ffma_tile import ffma_product
 from cnnc.backends.cuda.launches import launch
 from cnnc.backends.cuda.mma_params import BlockTile, MmaShape, WgmmaParams
-from cnnc.backends.cuda.mma_ring import HALF_ROWS, Operand, Order
+from cnnc.backends.cuda.mma_ring import Operand, Order
 from cnnc.backends.cuda.mma_tile import tile_product
+from cnnc.backends.cuda.operands import vector_of
 from cnnc.backends.cuda.wgmma_tile import warpgroup_product
 from cnnc.backends.lower import loops
 from cnnc.backends.lower.body import BoundBody
+from cnnc.ir.types import DType
 
 __all__ = ["Product", "product_func"]
 
@@ -30,9 +34,9 @@ _THREADS = 256
 class Product:
     """A kernel as a product of matrices: `rows` by `columns`, and what is made of the sums.
 
-    Columns lie in memory in blocks of `width`, an even number, two neighbours side by side.  `index` gives the place in
-    the output from row, block, and column in the block.  Where there are several products, `rows` and `columns` are
-    given which one, and the blocks of each follow one another.
+    Columns lie in memory in blocks of `width`, an even number for tensor cores, which have pairs of neighbours.
+    `index` gives the place in the output from row, block, and column in the block.  Where there are several products,
+    `rows` and `columns` are given which one, and the blocks of each follow one another.
     """
 
     body: BoundBody
@@ -48,11 +52,12 @@ class Product:
         return self.shape.batches * math.ceil(self.shape.columns / self.width)
 
 
-def product_func(product: Product, tile: BlockTile) -> Any:
+def product_func(product: Product, tile: BlockTile | FfmaParams) -> Any:
     """Give the PrimFunc over the kernel's inputs, then its output; the tile says which instructions multiply."""
     output = product.body.output()
     shape = product.shape
     columns = product.blocks // shape.batches * product.width
+    neighbours = vector_of(product.width, DType.F32) if isinstance(tile, FfmaParams) else 2
     parts = loops.buffer("parts", (tile.splits, product.blocks, shape.rows, product.width), scope="global")
 
     def block(thread: Any, across: Any, down: Any, number: Any) -> Any:
@@ -63,13 +68,18 @@ def product_func(product: Product, tile: BlockTile) -> Any:
         steps = _steps(math.ceil(shape.chunks / tile.depth), tile.splits, part)
         if isinstance(tile, WgmmaParams):
             sums = warpgroup_product(tile, shape.dtype, left, right, thread, steps)
+        elif isinstance(tile, FfmaParams):
+            sums = ffma_product(tile, left, right, thread, steps, neighbours)
         else:
             sums = tile_product(tile, shape.dtype, left, right, thread, steps)
 
-        def store(row: Any, column: Any, pair: Callable[[Any], Any]) -> Any:
+        def store(row: Any, column: Any, take: Callable[[Any], Any]) -> Any:
             row, column = first_row + row, first_column + column
             place = (row, batch * (columns // product.width) + column // product.width, column % product.width)
-            stored = _finished(product, output, place, pair) if tile.splits == 1 else _put(parts, part, place, pair)
+            if tile.splits == 1:
+                stored = _finished(product, output, place, take, neighbours)
+            else:
+                stored = _put(parts, part, place, take, neighbours)
             return loops.when(tirx.all(row < shape.rows, column < columns), stored)
 
         return loops.sequence(sums.compute, sums.finish(store))
@@ -81,7 +91,7 @@ def product_func(product: Product, tile: BlockTile) -> Any:
     )
     statement = launch(grid, tile.threads, block)
     if tile.splits > 1:
-        statement = loops.sequence(loops.alloc(parts), statement, _add_up(product, output, parts))
+        statement = loops.sequence(loops.alloc(parts), statement, _add_up(product, output, parts, neighbours))
     return loops.function([*product.body.inputs, output], statement)
 
 
@@ -90,9 +100,9 @@ _Place = tuple[Any, Any, Any]
 
 
 def _shifted(operand: Operand, first: Any) -> Operand:
-    """Give an operand whose rows are counted from a tile's first one; of those across, by eights."""
-    first = first // HALF_ROWS if operand.order is Order.ACROSS else first
-    return Operand(lambda row, chunk: operand.chunk(first + row, chunk), operand.order)
+    """Give an operand whose rows are counted from a tile's first one; of those across, by what is copied at once."""
+    first = first // (operand.numbers // operand.pieces) if operand.order is Order.ACROSS else first
+    return replace(operand, chunk=lambda row, chunk: operand.chunk(first + row, chunk))
 
 
 def _steps(steps: int, splits: int, part: Any) -> tuple[Any, Any]:
@@ -103,46 +113,47 @@ def _steps(steps: int, splits: int, part: Any) -> tuple[Any, Any]:
     return part * each, tirx.min((part + 1) * each, steps)
 
 
-def _finished(product: Product, output: Any, place: _Place, pair: Callable[[Any], Any]) -> Any:
-    """Store what the epilogue makes of two neighbouring sums."""
+def _finished(product: Product, output: Any, place: _Place, take: Callable[[Any], Any], neighbours: int) -> Any:
+    """Store what the epilogue makes of neighbouring sums."""
     row, block, column = place
 
     def one(which: Any) -> Any:
         index = product.index(row, block, column + which)
-        return loops.store(output, product.body.value(pair(which), index), *index)
+        return loops.store(output, product.body.value(take(which), index), *index)
 
-    return loops.vectorized(2, one)
+    return loops.vectorized(neighbours, one)
 
 
-def _put(parts: Any, part: Any, place: _Place, pair: Callable[[Any], Any]) -> Any:
+def _put(parts: Any, part: Any, place: _Place, take: Callable[[Any], Any], neighbours: int) -> Any:
     row, block, column = place
-    return loops.vectorized(2, lambda which: loops.store(parts, pair(which), part, block, row, column + which))
+    return loops.vectorized(neighbours, lambda which: loops.store(parts, take(which), part, block, row, column + which))
 
 
-def _add_up(product: Product, output: Any, parts: Any) -> Any:
-    """Launch the sum of the parts, each thread two neighbouring columns."""
+def _add_up(product: Product, output: Any, parts: Any, neighbours: int) -> Any:
+    """Launch the sum of the parts, each thread that of some neighbouring columns."""
     splits, blocks, rows, width = (int(extent) for extent in parts.shape)
-    pairs = blocks * rows * (width // 2)
-    total = loops.buffer("total", (2,), scope="local")
+    across = width // neighbours
+    groups = blocks * rows * across
+    total = loops.buffer("total", (neighbours,), scope="local")
 
     def work(thread: Any, group: Any) -> Any:
         number = group * _THREADS + thread
-        row, block = number // (width // 2) % rows, number // (width // 2) // rows
-        column = number % (width // 2) * 2
+        row, block = number // across % rows, number // across // rows
+        column = number % across * neighbours
 
         def read(part: Any, which: Any) -> Any:
             return loops.load(parts, part, block, row, column + which)
 
         def add(part: Any) -> Any:
             return loops.vectorized(
-                2, lambda which: loops.store(total, loops.load(total, which) + read(part, which), which)
+                neighbours, lambda which: loops.store(total, loops.load(total, which) + read(part, which), which)
             )
 
         summed = loops.sequence(
-            loops.vectorized(2, lambda which: loops.store(total, read(0, which), which)),
+            loops.vectorized(neighbours, lambda which: loops.store(total, read(0, which), which)),
             loops.unrolled(splits - 1, add, "part", start=1),
-            _finished(product, output, (row, block, column), lambda which: loops.load(total, which)),
+            _finished(product, output, (row, block, column), lambda which: loops.load(total, which), neighbours),
         )
-        return loops.sequence(loops.alloc(total), loops.when(number < pairs, summed))
+        return loops.sequence(loops.alloc(total), loops.when(number < groups, summed))
 
-    return launch((math.ceil(pairs / _THREADS),), _THREADS, work)
+    return launch((math.ceil(groups / _THREADS),), _THREADS, work)

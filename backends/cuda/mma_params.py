@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from cnnc.backends.cuda.ffma_params import FfmaParams
 from cnnc.backends.cuda.machine import (
     CHUNK_BYTES,
     CYCLES_A_SECOND,
@@ -101,7 +102,7 @@ class WgmmaParams:
 
 BlockTile = MmaParams | WgmmaParams
 
-Tile = TypeVar("Tile", bound=BlockTile)
+Tile = TypeVar("Tile", bound=BlockTile | FfmaParams)
 
 TILES = (
     MmaParams(128, 256, 64, 64, 4, 3),
@@ -142,11 +143,11 @@ class MmaShape:
     dtype: DType
     batches: int = 1
 
-    def blocks(self, tile: BlockTile) -> int:
+    def blocks(self, tile: BlockTile | FfmaParams) -> int:
         """Count the tiles."""
         return self.batches * math.ceil(self.rows / tile.rows) * math.ceil(self.columns / tile.columns)
 
-    def steps(self, tile: BlockTile) -> int:
+    def steps(self, tile: BlockTile | FfmaParams) -> int:
         """Count the stages that each part of the depth goes through, at most."""
         return math.ceil(math.ceil(self.chunks / tile.depth) / tile.splits)
 

@@ -7,22 +7,25 @@ A chunk is 16 bytes.  `depth` chunks of all rows are a stage; while one is multi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
 from cnnc.backends.cuda import tensor_cores
-from cnnc.backends.cuda.launches import address, call
+from cnnc.backends.cuda.launches import address, barrier, call
 from cnnc.backends.lower import loops
 
-__all__ = ["HALF_ROWS", "Operand", "Order", "Ring", "Staged", "Store", "Sums"]
+__all__ = ["HALF_ROWS", "Operand", "Order", "Ring", "StagedTile", "Store", "Sums", "staged"]
 
 Chunk = Callable[[Any, Any], tuple[Any, Any]]
-"""The address of a chunk in memory, and whether it is there, by its row in the tile and its number in depth."""
+"""The address of a chunk in memory, and whether it is there, by its row in the tile and its number in depth.
+
+Where chunks are copied in pieces, those are counted instead.
+"""
 
 Store = Callable[[Any, Any, Any], Any]
-"""Stores two neighbouring sums: (row in the tile, column in the tile, function of 0 and 1 that gives them)."""
+"""Stores neighbouring sums: (row in the tile, column in the tile, function of 0, 1, ... that gives them)."""
 
 HALF_ROWS = 8
 """Of the matrices that tensor cores load: also the 16-bit numbers in a chunk."""
@@ -32,7 +35,7 @@ class Order(Enum):
     """What neighbouring threads copy: what is neighbours in memory, as they should.
 
     ROWS: chunks of neighbouring rows.  DEPTH: neighbouring chunks of a row, in matrices of long rows.  ACROSS: a chunk
-    is no part of a row, but a number each of 8 neighbouring rows, as in a matrix that is transposed.  Only numbers of
+    is no part of a row, but a number each of neighbouring rows, as in a matrix that is transposed.  Only numbers of
     16 bits are transposed on their way to tensor cores; `chunk` then gets the chunk of rows, and the place in depth.
     """
 
@@ -43,10 +46,15 @@ class Order(Enum):
 
 @dataclass(frozen=True)
 class Operand:
-    """An operand of a product: where its chunks are, and how they lie in memory."""
+    """An operand of a product: where its chunks are, and how they lie in memory.
+
+    So many `numbers` are a chunk, which is copied in so many `pieces`: one where lines begin at multiples of 16 bytes.
+    """
 
     chunk: Chunk
     order: Order = Order.ROWS
+    numbers: int = HALF_ROWS
+    pieces: int = 1
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class Sums:
     finish: Callable[[Store], Any]
 
 
-class Staged(Protocol):
+class StagedTile(Protocol):
     """What a ring is to know of a tile."""
 
     @property
@@ -80,7 +88,7 @@ class Ring(ABC):
     operand: Operand
     rows: int
     start: int
-    tile: Staged
+    tile: StagedTile
 
     @property
     def across(self) -> bool:
@@ -90,12 +98,12 @@ class Ring(ABC):
     @property
     def line(self) -> int:
         """The chunks of a line: of one place in depth."""
-        return self.rows // HALF_ROWS if self.across else self.rows
+        return self.rows // self.operand.numbers if self.across else self.rows
 
     @property
     def lines(self) -> int:
         """The lines of a stage."""
-        return self.tile.depth * HALF_ROWS if self.across else self.tile.depth
+        return self.tile.depth * self.operand.numbers if self.across else self.tile.depth
 
     @property
     @abstractmethod
@@ -108,15 +116,49 @@ class Ring(ABC):
 
     def fetch(self, memory: Any, thread: Any, step: Any, stage: Any) -> Any:
         """Start to copy the chunks of a step into a stage."""
-        chunks = self.lines * self.line
+        pieces = self.operand.pieces
+        copies = self.lines * self.line * pieces
 
         def one(turn: Any) -> Any:
             number = turn * self.tile.threads + thread
-            line, position = number // self.line, number % self.line
+            chunk, piece = number // pieces, number % pieces
+            line, position = chunk // self.line, chunk % self.line
             if self.operand.order is Order.DEPTH:
-                line, position = number % self.lines, number // self.lines
-            source, valid = self.operand.chunk(position, step * self.lines + line)
-            copy = call(tensor_cores.COPY, address(memory, self.place(stage, line, position)), source, valid)
-            return copy if chunks % self.tile.threads == 0 else loops.when(number < chunks, copy)
+                line, position = chunk % self.lines, chunk // self.lines
+            row, depth = position, step * self.lines + line
+            # A line's pieces lie side by side in memory, and are counted through all of its chunks.
+            row, depth = (row * pieces + piece, depth) if self.across else (row, depth * pieces + piece)
+            source, valid = self.operand.chunk(row, depth)
+            place = address(memory, self.place(stage, line, position))
+            if pieces == 1:
+                copy = call(tensor_cores.COPY, place, source, valid)
+            else:
+                copy = call(tensor_cores.copy_piece(pieces), place, piece, source, valid)
+            return copy if copies % self.tile.threads == 0 else loops.when(number < copies, copy)
 
-        return loops.unrolled(-(-chunks // self.tile.threads), one, "turn")
+        return loops.unrolled(-(-copies // self.tile.threads), one, "turn")
+
+
+def staged(
+    rings: Sequence[Ring], memory: Any, thread: Any, steps: tuple[Any, Any], multiply: Callable[[Any], Any]
+) -> Any:
+    """Go through the steps [first, last), which may be none: `multiply` a stage while later ones are on their way."""
+    (first, last), stages = steps, rings[0].tile.stages
+
+    def fetch(step: Any, stage: Any) -> Any:
+        copies = loops.sequence(*(ring.fetch(memory, thread, step, stage) for ring in rings))
+        return loops.sequence(loops.when(step < last, copies), call(tensor_cores.COMMIT))
+
+    def turn(step: Any) -> Any:
+        ahead = step + (stages - 1)
+        return loops.sequence(
+            call(tensor_cores.wait(stages - 2)),
+            barrier(),
+            fetch(first + ahead, ahead % stages),
+            multiply(step % stages),
+        )
+
+    return loops.sequence(
+        loops.unrolled(stages - 1, lambda stage: fetch(first + stage, stage), "stage"),
+        loops.loop(last - first, turn, "step"),
+    )

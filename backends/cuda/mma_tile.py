@@ -15,10 +15,10 @@ from typing import Any
 from tvm import tirx
 
 from cnnc.backends.cuda import tensor_cores
-from cnnc.backends.cuda.launches import address, barrier, call
+from cnnc.backends.cuda.launches import address, call
 from cnnc.backends.cuda.machine import LANES
 from cnnc.backends.cuda.mma_params import MMA_COLUMNS, MMA_ROWS, MmaParams
-from cnnc.backends.cuda.mma_ring import HALF_ROWS, Operand, Order, Ring, Store, Sums
+from cnnc.backends.cuda.mma_ring import HALF_ROWS, Operand, Order, Ring, Store, Sums, staged
 from cnnc.backends.lower import loops
 from cnnc.ir.types import DType
 
@@ -73,27 +73,15 @@ def tile_product(tile: MmaParams, dtype: DType, a: Operand, b: Operand, thread: 
     warp, lane = thread // LANES, thread % LANES
     row = warp // tile.warps_across * tile.warp_rows
     column = warp % tile.warps_across * tile.warp_columns
-    first, last = steps
 
-    def fetch(step: Any, stage: Any) -> Any:
-        both = loops.sequence(left.fetch(memory, thread, step, stage), right.fetch(memory, thread, step, stage))
-        return loops.sequence(loops.when(step < last, both), call(tensor_cores.COMMIT))
-
-    def turn(step: Any) -> Any:
-        ahead = step + (tile.stages - 1)
-        return loops.sequence(
-            call(tensor_cores.wait(tile.stages - 2)),
-            barrier(),
-            fetch(first + ahead, ahead % tile.stages),
-            _multiply(tile, dtype, memory, sums, (left, row), (right, column), step % tile.stages, lane),
-        )
+    def multiply(stage: Any) -> Any:
+        return _multiply(tile, dtype, memory, sums, (left, row), (right, column), stage, lane)
 
     compute = loops.sequence(
         loops.alloc(memory),
         loops.alloc(sums),
         loops.unrolled(tile.sums, lambda i: loops.store(sums, tirx.const(0.0, "float32"), i)),
-        loops.unrolled(tile.stages - 1, lambda stage: fetch(first + stage, stage), "stage"),
-        loops.loop(last - first, turn, "step"),
+        staged((left, right), memory, thread, steps, multiply),
     )
     high, wide = tile.warp_rows // MMA_ROWS, tile.warp_columns // MMA_COLUMNS
     return Sums(compute, lambda store: store_fragments(sums, (high, MMA_ROWS, wide), (row, column), lane, store))

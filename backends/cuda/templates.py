@@ -10,6 +10,7 @@ from cnnc.backends.cuda.conv_mma import ConvMma
 from cnnc.backends.cuda.conv_wgmma import ConvWgmma
 from cnnc.backends.cuda.depthwise import Depthwise
 from cnnc.backends.cuda.generic import Generic
+from cnnc.backends.cuda.matmul_ffma import MatMulFfma
 from cnnc.backends.cuda.matmul_mma import MatMulMma
 from cnnc.backends.cuda.matmul_wgmma import MatMulWgmma
 from cnnc.backends.cuda.matvec import MatVec
@@ -26,6 +27,7 @@ TEMPLATES: tuple[Template, ...] = (
     Depthwise(),
     MatMulWgmma(),
     MatMulMma(),
+    MatMulFfma(),
     MatVec(),
     Pool(),
     GlobalPool(),

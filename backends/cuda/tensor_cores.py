@@ -6,6 +6,7 @@ them; a row of 16 bytes is 8 numbers of 16 bits, or 4 of 32.  The emulation has 
 
 from __future__ import annotations
 
+from cnnc.backends.cuda.machine import CHUNK_BYTES
 from cnnc.ir.types import DType
 
 PREFIX = "cnnc_tc_"
@@ -31,6 +32,11 @@ PACK = {DType.F16: f"{PREFIX}pack_f16", DType.BF16: f"{PREFIX}pack_bf16"}
 
 EXP2 = f"{PREFIX}exp2"
 """(x): 2**x with a relative error of 2**-22; 0 where that is below the least normal number."""
+
+
+def copy_piece(pieces: int) -> str:
+    """Name the function (shared chunk, number, global, valid) that starts to copy one of so many pieces of a chunk."""
+    return f"{PREFIX}copy_piece<{CHUNK_BYTES // pieces}>"
 
 
 def wait(groups: int) -> str:
@@ -82,6 +88,11 @@ static __device__ __forceinline__ unsigned {PREFIX}shared(const void *pointer) {
 static __device__ __forceinline__ void {COPY}(void *to, const void *from, bool valid) {{
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :: "r"({PREFIX}shared(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}}
+template <int BYTES>
+static __device__ __forceinline__ void {PREFIX}copy_piece(void *to, int number, const void *from, bool valid) {{
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+               :: "r"({PREFIX}shared(to) + number * BYTES), "l"(from), "n"(BYTES), "r"(valid ? BYTES : 0) : "memory");
 }}
 static __device__ __forceinline__ void {COMMIT}() {{ asm volatile("cp.async.commit_group;" ::: "memory"); }}
 template <int GROUPS> static __device__ __forceinline__ void {PREFIX}wait() {{

@@ -46,6 +46,7 @@ struct Copy {
   const void *from;
   bool valid, landed;
   unsigned group;
+  unsigned bytes;
 };
 
 /* A product of a group of four warps that is under way (see wgmma.h): a thread's part of it. */

@@ -30,11 +30,14 @@ static void land(Copy &copy, bool at_once) {
     return;
   }
   if (copy.valid) {
-    std::memcpy(copy.to, copy.from, CHUNK);
+    std::memcpy(copy.to, copy.from, copy.bytes);
   } else {
-    std::memset(copy.to, 0, CHUNK);
+    std::memset(copy.to, 0, copy.bytes);
   }
   copy.landed = true;
+  if (copy.bytes < CHUNK) {
+    return; /* No product of a group of warps reads those. */
+  }
   if (at_once) {
     publish(copy.to);
   } else {
@@ -46,11 +49,24 @@ static bool lands_at_once() {
   return machine.order == BACKWARD || (machine.order >= SHUFFLED && next_random() % 2 == 0);
 }
 
-static bool is_aligned(const void *pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % CHUNK == 0; }
+static bool is_aligned(const void *pointer, unsigned bytes = CHUNK) {
+  return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
+}
 
-static bool is_shared(const void *pointer) {
+static bool is_shared(const void *pointer, unsigned bytes = CHUNK) {
   const char *byte = static_cast<const char *>(pointer), *start = machine.dynamic_shared.data();
-  return byte >= start && byte + CHUNK <= start + machine.dynamic_shared.size();
+  return byte >= start && byte + bytes <= start + machine.dynamic_shared.size();
+}
+
+static void start_copy(void *to, const void *from, bool valid, unsigned bytes) {
+  if (!is_shared(to, bytes) || !is_aligned(to, bytes) || (valid && !is_aligned(from, bytes))) {
+    machine.error = "cp.async copies to shared memory, from and to addresses that are multiples of what it copies";
+    return;
+  }
+  machine.current->copies.push_back({to, from, valid, false, machine.current->groups, bytes});
+  if (lands_at_once()) {
+    land(machine.current->copies.back(), true);
+  }
 }
 
 /* Four registers of the first operand of a product, two of the second. */
@@ -123,15 +139,11 @@ static inline unsigned cnnc_tc_shared(const void *pointer) {
 }
 
 static inline void cnnc_tc_copy(void *to, const void *from, bool valid) {
-  using namespace cnnc_emulation;
-  if (!is_shared(to) || !is_aligned(to) || (valid && !is_aligned(from))) {
-    machine.error = "cp.async copies 16 bytes to shared memory, from and to addresses that are multiples of 16";
-    return;
-  }
-  machine.current->copies.push_back({to, from, valid, false, machine.current->groups});
-  if (lands_at_once()) {
-    land(machine.current->copies.back(), true);
-  }
+  cnnc_emulation::start_copy(to, from, valid, cnnc_emulation::CHUNK);
+}
+
+template <int BYTES> void cnnc_tc_copy_piece(void *to, int number, const void *from, bool valid) {
+  cnnc_emulation::start_copy(static_cast<char *>(to) + number * BYTES, from, valid, BYTES);
 }
 
 static inline void cnnc_tc_commit() { cnnc_emulation::machine.current->groups++; }
