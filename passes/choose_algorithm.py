@@ -12,6 +12,10 @@ wherever a tile holds one, and near the largest floats: `exact` forbids them.
 in f32.  As no sum of them has an infinity, it is none of the exact ones either; its error is that of f32.  Fully
 connected layers of many rows have it, too.
 
+On GPUs Winograd's algorithm is for f32 alone, as tensor cores multiply all else.  There a layer takes what the back
+end's templates estimate for a kernel of it; and at least half of the products must be saved, so that the gain is the
+algorithm's, however well either kernel is written.
+
 Graphs of one network for several batch sizes share the choice, and so the weights; a layer's seconds count as its share
 of a graph's.
 Where weights are stored in 16 bits, transformed ones are too, and their rounding error grows on the way back to the
@@ -27,7 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -43,7 +47,9 @@ from cnnc.ops.dense import Dense
 from cnnc.ops.source import Constant
 from cnnc.ops.winograd import Transform, WinogradWeight, is_supported, transforms, winograd_tile
 from cnnc.passes.constants import array_of
+from cnnc.passes.kernel_seconds import kernel_seconds
 from cnnc.passes.registry import Pass
+from cnnc.passes.tile import KernelTemplate
 from cnnc.target import Target
 
 Applies: TypeAlias = Callable[[Node, Target], bool]
@@ -90,6 +96,12 @@ DATA_FMA, OUTPUT_FMA = 15.0, 8.0
 
 WINOGRAD_MARGIN = 0.82
 """Of the time of the direct algorithm, Winograd's must take less than this to be worth its error and its weights."""
+
+GPU_MARGIN = 0.8
+"""The same on GPUs, where the templates' own estimates of their kernels are compared."""
+
+FEWEST_SAVED = 2.0
+"""On GPUs, by how much products must become fewer, at least."""
 
 
 def _blocks(channels: int, target: Target) -> int:
@@ -140,6 +152,13 @@ def _winograd_seconds(tile: int) -> Seconds:
         return _together(arithmetic, _reading(weights, target)) + _moving(node, target)
 
     return seconds
+
+
+def _saved_products(node: Node, tile: int) -> float:
+    """Say by how much products become fewer."""
+    kernel = node.inputs[1].type.static_shape[2:]
+    axes = transforms(tile, kernel, _stride(node))
+    return math.prod(axis.tile * taps / axis.positions for axis, taps in zip(axes, kernel, strict=True))
 
 
 def _winograd_applies(tile: int) -> Applies:
@@ -284,7 +303,7 @@ class ChooseAlgorithm(Pass):
     `budget` bounds its error and `exact` forbids Winograd's.  `growth` bounds the bytes that transformed weights add,
     as a share of those of all constants; they go where they save most time for each byte.  `weights` is
     what narrow_weights will store weights in, transformed ones too; where products are in a `dtype`, bf16, Winograd's
-    are not considered.
+    are not considered.  `templates` are the back end's, which estimate what kernels take on a GPU.
     """
 
     budget: float = 64.0
@@ -292,17 +311,19 @@ class ChooseAlgorithm(Pass):
     growth: float = math.inf
     weights: DType = DType.F32
     dtype: str = "f32"
+    templates: tuple[KernelTemplate, ...] = field(default=(), metadata={"option": False})
 
     def run(self, graph: Graph, target: Target) -> Graph:
         """Set the algorithm of every convolution; one with transformed weights keeps the one they are for.
 
-        The algorithms, and what is known of their speed, are those of CPUs: for a GPU all stay as they are.
+        For a GPU all stay as they are where tensor cores multiply, in any other type than f32, or weights are narrow.
         """
         return self.run_together((graph,), target)[0]
 
     def run_together(self, graphs: Sequence[Graph], target: Target) -> tuple[Graph, ...]:
         """Choose once for all graphs."""
-        if target.is_gpu:
+        f32 = self.dtype == "f32" and self.weights is DType.F32
+        if target.is_gpu and not (f32 and self.templates):
             return tuple(graphs)
         chosen = self._choices(graphs, target)
         return tuple(self._apply(graph, target, chosen, shared=len(graphs) > 1) for graph in graphs)
@@ -326,9 +347,27 @@ class ChooseAlgorithm(Pass):
 
         return rewrite(graph, (choose_algorithm,))
 
+    def _table(self, target: Target) -> tuple[Algorithm, ...]:
+        """Give the algorithms that are allowed, with what is known of their speed."""
+        table = ALGORITHMS if not target.is_gpu else tuple(map(self._on_gpu, ALGORITHMS))
+        return tuple(a for a in table if a.exact or not (self.exact or (self.dtype != "f32" and a.is_winograd)))
+
+    def _on_gpu(self, algorithm: Algorithm) -> Algorithm:
+        """Give an algorithm as a GPU has it, whose templates know what it takes."""
+
+        def seconds(node: Node, target: Target, stored: DType) -> float:
+            return kernel_seconds(node, algorithm.name, self.templates, target)
+
+        def applies(node: Node, target: Target) -> bool:
+            tile = winograd_tile(algorithm.name)
+            return algorithm.applies(node, target) and (tile is None or _saved_products(node, tile) >= FEWEST_SAVED)
+
+        margin = GPU_MARGIN if algorithm.is_winograd else algorithm.margin
+        return replace(algorithm, applies=applies, seconds=seconds, margin=margin)
+
     def _choices(self, graphs: Sequence[Graph], target: Target) -> dict[Layer, str]:
         """Give the algorithm of every layer."""
-        table = tuple(a for a in ALGORITHMS if a.exact or not (self.exact or (self.dtype != "f32" and a.is_winograd)))
+        table = self._table(target)
         layers: dict[Layer, list[Node]] = {}
         counts: dict[Node, float] = {}
         for graph in graphs:

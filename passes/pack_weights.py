@@ -1,6 +1,7 @@
-"""Declare the weights of fully connected layers packed, as the kernels of many rows read them.
+"""Declare weights packed, as kernels read them: of fully connected layers, and on GPUs of Winograd's algorithm.
 
-    dense(x, w) -> dense(x, w in OI16o)   for FEWEST_ROWS rows of x or more
+    dense(x, w) -> dense(x, w in OI16o)                         for FEWEST_ROWS rows of x or more
+    conv{algorithm=winograd4}(x, u) -> conv(x, u in HWIO4o)     for a plain x on a GPU
 
 The block is two vectors, or four.  A layer of fewer rows is bound by reading its weight, for which plain rows are as
 good; so where graphs for several batch sizes share a weight, it is packed if it is worth it for any of them.
@@ -14,11 +15,14 @@ from dataclasses import dataclass, replace
 
 from cnnc.ir.build import call
 from cnnc.ir.graph import Graph, Node, Value
+from cnnc.ir.layout import Layout
 from cnnc.ir.rewrite import map_graph, rebuild
 from cnnc.ir.types import DType
 from cnnc.ops.blocked import packed_block, weight_layout
+from cnnc.ops.conv import Conv
 from cnnc.ops.dense import Dense
 from cnnc.ops.source import Constant
+from cnnc.ops.winograd import winograd_rows_layout
 from cnnc.passes.registry import Pass
 from cnnc.target import Target
 
@@ -33,11 +37,11 @@ class PackWeights(Pass):
     block: int = 0
 
     def run(self, graph: Graph, target: Target) -> Graph:
-        """Give the graph with packed weights; a GPU reads plain ones."""
-        return graph if target.is_gpu else self._pack(graph, target, _is_worth_it)
+        """Give the graph with packed weights; a GPU reads those of fully connected layers plain."""
+        return _pack_transformed(graph) if target.is_gpu else self._pack(graph, target, _is_worth_it)
 
     def run_together(self, graphs: Sequence[Graph], target: Target) -> tuple[Graph, ...]:
-        """Pack what is worth it in any of the graphs; nothing for a GPU."""
+        """Pack what is worth it in any of the graphs."""
         if len(graphs) == 1 or target.is_gpu:
             return tuple(self.run(graph, target) for graph in graphs)
         worth_it = {node.inputs[1].op for graph in graphs for node in graph.nodes if _is_worth_it(node)}
@@ -52,14 +56,29 @@ class PackWeights(Pass):
         def pack(node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
             if not is_worth_it(node):
                 return rebuild(node, inputs)
-            x, weight, *bias = inputs
-            packed = call(
-                replace(weight.op, layout=weight_layout(2, 1, block)),  # type: ignore[call-arg]
-                loc=weight.node.loc,
-            )
-            return call(node.op, x, packed, *bias, loc=node.loc).node.values
+            return _with_weight_in(weight_layout(2, 1, block), node, inputs)
 
         return map_graph(graph, pack)
+
+
+def _with_weight_in(layout: Layout, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
+    """Rebuild a layer with its weight, a constant, declared to be in a layout."""
+    x, weight, *bias = inputs
+    packed = call(replace(weight.op, layout=layout), loc=weight.node.loc)  # type: ignore[call-arg]
+    return call(node.op, x, packed, *bias, loc=node.loc).node.values
+
+
+def _pack_transformed(graph: Graph) -> Graph:
+    """Pack the transformed weights of convolutions that read plain images."""
+
+    def pack(node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
+        if not isinstance(node.op, Conv) or node.op.tile is None or not isinstance(inputs[1].op, Constant):
+            return rebuild(node, inputs)
+        if any(value.type.layout is not None for value in inputs[:2]):
+            return rebuild(node, inputs)
+        return _with_weight_in(winograd_rows_layout(), node, inputs)
+
+    return map_graph(graph, pack)
 
 
 def _is_possible(node: Node) -> bool:

@@ -83,7 +83,9 @@ def pipeline(
         if dtype != "f32":
             wanted = print_passes(_narrowing(dtype, tensor_cores)) + " after fuse"
             raise UsageError(f"dtype={dtype} does not go with a list of passes; put {wanted} into the list")
-        given = parse_passes(passes, {"tile": handed_in, "fuse": asked, "assign_layouts": asked})
+        given = parse_passes(
+            passes, {"tile": handed_in, "fuse": asked, "assign_layouts": asked, "choose_algorithm": asked}
+        )
         return tuple(_bounded(p, exact, small) if isinstance(p, ChooseAlgorithm) else p for p in given)
     if level not in LEVELS:
         raise UsageError(f"optimisation level {level} does not exist; use one of {', '.join(map(str, LEVELS))}")
@@ -95,7 +97,7 @@ def pipeline(
     chosen: list[Pass] = [Simplify(), FoldConstants(), FoldBatchNorm(), FoldPad(), FuseAttention()]
     chosen += [Simplify(), Subpixel(), LocalUnpool(), PushSlices(), FoldConstants(), Cse()]
     if level >= 3:
-        chosen += [_bounded(ChooseAlgorithm(weights=stored, dtype=dtype), exact, small), FoldConstants()]
+        chosen += [_bounded(ChooseAlgorithm(weights=stored, dtype=dtype, **asked), exact, small), FoldConstants()]
     if level >= 2:
         chosen += [_layouts(dtype, tensor_cores, asked), PackWeights(), Cse()]
     return (*chosen, *narrow, Fuse(**asked), *_narrowing(dtype, tensor_cores), PlaceConcats(), tile)

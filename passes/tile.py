@@ -68,6 +68,12 @@ class NoMemory:
         """Keep nothing."""
 
 
+def candidates(kernel: Fused, templates: Sequence[KernelTemplate], target: Target) -> list[tuple[float, Schedule]]:
+    """List the schedules of the templates that take a kernel, each with the seconds estimated for it."""
+    matching = (template for template in templates if template.matches(kernel, target))
+    return [(t.cost(kernel, s, target), s) for t in matching for s in t.space(kernel, target)]
+
+
 @dataclass(frozen=True)
 class Tile(Pass):
     """Choose schedules; equal kernels get equal ones.  Kernels that have a schedule keep it."""
@@ -108,9 +114,9 @@ class Tile(Pass):
             names = ", ".join(template.name for template in self.templates) or "none"
             text = print_graph(kernel.body)
             raise VerifyError(f"tile: no template ({names}) takes kernel {kernel.anchor} at {where}\n{text}")
-        candidates = [(t.cost(kernel, s, target), s) for t in matching for s in t.space(kernel, target)]
-        if not candidates:
+        found = candidates(kernel, matching, target)
+        if not found:
             raise VerifyError(
                 f"tile: template {matching[0].name} takes kernel {kernel.anchor} but has no schedule for it"
             )
-        return min(candidates, key=lambda candidate: candidate[0])[1]
+        return min(found, key=lambda candidate: candidate[0])[1]

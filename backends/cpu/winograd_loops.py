@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any
 
 from tvm import tirx
@@ -14,6 +12,7 @@ from cnnc.backends.cpu.segments import even_split
 from cnnc.backends.cpu.winograd_shape import WinogradParams, WinogradShape
 from cnnc.backends.lower import loops
 from cnnc.backends.lower.body import Body
+from cnnc.backends.lower.filtering import transformed, transformed_back
 from cnnc.ops.winograd import Transform
 
 __all__ = ["WinogradLoops"]
@@ -173,14 +172,14 @@ class WinogradLoops:
         t, v, h, block = self.t, self.vertical, self.horizontal, self.shape.conv.block
 
         def column(s: Any) -> Any:
-            sums = _transformed(v, [read(r, s) for r in range(v.inputs)])
+            sums = transformed(v, [read(r, s) for r in range(v.inputs)])
             return t.sequence(
                 before(s),
                 *(t.store(self.half, value, a * h.inputs + s, 0, lanes=block) for a, value in enumerate(sums)),
             )
 
         def row(a: Any) -> Any:
-            sums = _transformed(h, [t.load(self.half, a * h.inputs + s, 0, lanes=block) for s in range(h.inputs)])
+            sums = transformed(h, [t.load(self.half, a * h.inputs + s, 0, lanes=block) for s in range(h.inputs)])
             return t.sequence(
                 *(t.store(self.data, value, a * h.positions + b, into, 0, lanes=block) for b, value in enumerate(sums))
             )
@@ -340,14 +339,14 @@ class WinogradLoops:
         def column(b: Any) -> Any:
             at = (block_of_group, number)
             values = [t.load(self.products, *at, a * h.positions + b, 0, lanes=block) for a in range(v.positions)]
-            sums = (_by_pairs(row, values) for row in v.output)
+            sums = transformed_back(v, values)
             return t.sequence(
                 *(t.store(self.half, value, i * h.positions + b, 0, lanes=block) for i, value in enumerate(sums))
             )
 
         def row(i: Any) -> Any:
             values = [t.load(self.half, i * h.positions + b, 0, lanes=block) for b in range(h.positions)]
-            sums = (_by_pairs(row, values) for row in h.output)
+            sums = transformed_back(h, values)
             return t.sequence(
                 *(t.store(self.result, value, i * h.tile + j, 0, lanes=block) for j, value in enumerate(sums))
             )
@@ -365,54 +364,3 @@ class WinogradLoops:
             return self.t.store(self.y, value, *at, c)
 
         return self.t.vectorized(conv.block, lane)
-
-
-def _scaled(value: Any, factor: Fraction) -> Any:
-    if factor == 1:
-        return value
-    return value * tirx.Broadcast(tirx.const(float(factor), "float32"), value.ty.dtype.lanes)
-
-
-def _sum(terms: Sequence[Any]) -> Any:
-    """Add up terms, at least one."""
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
-
-
-def _transformed(axis: Transform, values: Sequence[Any]) -> list[Any]:
-    """Write axis.data @ values."""
-    sums = []
-    for row in axis.data:
-        # All inputs of a filter are a stride apart; the others have no part in it.
-        phase = next(index for index, c in enumerate(row) if c) % axis.stride
-        sums.append(_by_parity(row[phase :: axis.stride], values[phase :: axis.stride]))
-    return sums
-
-
-def _by_parity(row: Sequence[Fraction], values: Sequence[Any]) -> Any:
-    """Write row @ values as even part + odd part.
-
-    Rows of opposite points differ in the sign between the parts only, so that LLVM computes those once.
-    """
-    even = [_scaled(v, c) for c, v in list(zip(row, values, strict=True))[0::2] if c]
-    odd = [(v, c) for c, v in list(zip(row, values, strict=True))[1::2] if c]
-    if not odd or not even:
-        return _sum(even or [_scaled(v, c) for v, c in odd])
-    negative = odd[0][1] < 0
-    part = _sum([_scaled(v, -c if negative else c) for v, c in odd])
-    return _sum(even) - part if negative else _sum(even) + part
-
-
-def _by_pairs(row: Sequence[Fraction], values: Sequence[Any]) -> Any:
-    """Write row @ values with the values of opposite points added or subtracted first, which all rows share."""
-    terms = []
-    left = [(c, v) for c, v in zip(row, values, strict=True) if c]
-    while left:
-        c, v = left.pop(0)
-        if left and abs(left[0][0]) == abs(c):
-            other, w = left.pop(0)
-            v = v + w if other == c else v - w
-        terms.append(_scaled(v, c))
-    return _sum(terms)

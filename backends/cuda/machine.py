@@ -30,13 +30,17 @@ _SHARED_RESERVED = 1 << 10
 """Bytes of shared memory: given to blocks in such portions, after what the system takes in each."""
 
 
+_L2_BANDWIDTH = 4.5e10
+"""Bytes a second that a multiprocessor gets from the L2 cache: 32 a cycle."""
+
+
 @dataclass(frozen=True)
 class Gpu:
     """One GPU of an architecture, and the limits of its multiprocessors.
 
     `flops` is f32 operations a second on ordinary cores, `tensor_flops` those on tensor cores by the type of the
-    factors, adding up in f32, all without sparsity; `bandwidth` is bytes of memory a second.  From the CUDA programming
-    guide's table of compute capabilities and NVIDIA's data sheets.
+    factors, adding up in f32, all without sparsity; `bandwidth` is bytes of memory a second, `l2_bytes` are those of
+    the L2 cache.  From the CUDA programming guide's table of compute capabilities and NVIDIA's data sheets.
     """
 
     name: str
@@ -47,6 +51,12 @@ class Gpu:
     flops: float
     tensor_flops: Mapping[str, float]
     bandwidth: float
+    l2_bytes: int
+
+    @property
+    def l2_bandwidth(self) -> float:
+        """Bytes a second that the L2 cache gives all multiprocessors."""
+        return self.multiprocessors * _L2_BANDWIDTH
 
     @property
     def most_shared_bytes(self) -> int:
@@ -91,12 +101,16 @@ def _ceil(number: int, unit: int) -> int:
     return -(-number // unit)
 
 
-_H100 = Gpu("H100", 132, 64, 32, 228 << 10, 66.9e12, {"tf32": 495e12, "f16": 989e12, "bf16": 989e12}, 3.35e12)
+def _tensor_flops(tf32: float, narrow: float) -> Mapping[str, float]:
+    return {"tf32": tf32, "f16": narrow, "bf16": narrow}
+
+
+_H100 = Gpu("H100", 132, 64, 32, 228 << 10, 66.9e12, _tensor_flops(495e12, 989e12), 3.35e12, 50 << 20)
 
 GPUS = {
-    "sm_80": Gpu("A100", 108, 64, 32, 164 << 10, 19.5e12, {"tf32": 156e12, "f16": 312e12, "bf16": 312e12}, 2.04e12),
-    "sm_86": Gpu("RTX 3090 Ti", 84, 48, 16, 100 << 10, 40e12, {"tf32": 40e12, "f16": 80e12, "bf16": 80e12}, 1.01e12),
-    "sm_89": Gpu("RTX 4090", 128, 48, 24, 100 << 10, 82.6e12, {"tf32": 83e12, "f16": 165e12, "bf16": 165e12}, 1.01e12),
+    "sm_80": Gpu("A100", 108, 64, 32, 164 << 10, 19.5e12, _tensor_flops(156e12, 312e12), 2.04e12, 40 << 20),
+    "sm_86": Gpu("RTX 3090 Ti", 84, 48, 16, 100 << 10, 40e12, _tensor_flops(40e12, 80e12), 1.01e12, 6 << 20),
+    "sm_89": Gpu("RTX 4090", 128, 48, 24, 100 << 10, 82.6e12, _tensor_flops(83e12, 165e12), 1.01e12, 72 << 20),
     "sm_90": _H100,
     "sm_90a": _H100,
 }

@@ -16,6 +16,7 @@ from cnnc.backends.cuda.matmul_wgmma import MatMulWgmma
 from cnnc.backends.cuda.matvec import MatVec
 from cnnc.backends.cuda.pool import GlobalPool, Pool
 from cnnc.backends.cuda.rows import Rows
+from cnnc.backends.cuda.winograd import Winograd
 from cnnc.backends.lower.template import Template
 from cnnc.errors import VerifyError
 
@@ -24,6 +25,7 @@ TEMPLATES: tuple[Template, ...] = (
     ConvGemm(),
     ConvWgmma(),
     ConvMma(),
+    Winograd(),
     Depthwise(),
     MatMulWgmma(),
     MatMulMma(),

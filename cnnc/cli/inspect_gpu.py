@@ -59,6 +59,10 @@ def print_kernels(module: Module, title: str) -> None:
     print_table(title, columns, rows)
     total = sum(kernel["roofline_seconds"] for kernel in kernels)
     click.echo(f"at best {seconds_text(total)} on {gpu.name}, by its data sheet's arithmetic and memory bandwidth")
+    if any(kernel["template"] == "winograd" for kernel in kernels):
+        click.echo(
+            "flops are those of the definition; by Winograd's algorithm a convolution takes fewer, and less time"
+        )
 
 
 def _rows(number: int, kernel: dict[str, Any]) -> Iterator[list[str]]:

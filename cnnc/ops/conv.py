@@ -25,6 +25,7 @@ from cnnc.ops.winograd import (
     spatial_weight_tensor,
     winograd_conv,
     winograd_layout,
+    winograd_rows_layout,
     winograd_tile,
 )
 
@@ -98,14 +99,16 @@ class Conv(Op):
 
         With groups the blocks must divide the groups' channels.  Or, as in a depthwise convolution, whole groups fit
         into a block, which stays the same: then the weight is OIHW{b}o.  The bias is plain.  Transformed weights for
-        NCHW{b}c are HWOI{b}i{o}o.  Weights in HWIO{b}i keep the block of x, too: untransformed, with
-        whole blocks in each group if there are several.
+        NCHW{b}c are HWOI{b}i{o}o; those in HWIO4o go with a plain x and give a plain tensor.  Weights in HWIO{b}i keep
+        the block of x, too: untransformed, with whole blocks in each group if there are several.
         """
         block = channel_block(self.name, "x", x)
         plain_only(self.name, bias=b)
         if w.layout is None:
             if block > 1:
                 raise ShapeError(f"{self.name}: x is in layout {x.layout} but the weight is plain")
+            return (None,)
+        if block == 1 and self.tile is not None and w.layout == winograd_rows_layout():
             return (None,)
         if block > 1 and w.layout == tile_layout(w.rank, block) and fills_tiles(self, w, block):
             return (x.layout,)
@@ -226,6 +229,7 @@ class Conv(Op):
         yield _winograd_example(4, (1, 3, 11, 12), 5, (1, 1, 1, 1), stride=(2, 2), bias=True)
         yield _winograd_example(4, (1, 9, 7, 8), 8, (2, 2, 2, 2), kernel=(5, 5), blocks=(8, 8))
         yield _winograd_example(2, (1, 4, 6, 9), 6, (0, 3, 0, 3), kernel=(1, 7))
+        yield _winograd_example(4, (2, 3, 9, 7), 6, (1, 0, 1, 1), bias=True, rows=True)
 
 
 def fills_tiles(conv: Conv, w: TensorType, block: int) -> bool:
@@ -265,13 +269,14 @@ def _winograd_example(
     stride: tuple[int, int] = (1, 1),
     bias: bool = False,
     blocks: tuple[int, int] = (1, 1),
+    rows: bool = False,
 ) -> Example:
     """Make an example with transformed weights, which not any number would be."""
     op = Conv(stride, pad, (1, 1), algorithm=f"winograd{tile}")
     spatial = TensorType((channels, x[1], *kernel))
     transform = WinogradWeight(tile, stride)
     transformed = transform.infer(spatial)
-    layout = winograd_layout(*blocks) if blocks[1] > 1 else None
+    layout = winograd_rows_layout() if rows else winograd_layout(*blocks) if blocks[1] > 1 else None
     image = TensorType(x, DType.F32, channel_layout(4, blocks[0]))
     vectors = (TensorType((channels,)),) if bias else ()
 

@@ -202,6 +202,14 @@ def winograd_layout(input_block: int, output_block: int) -> Layout:
     return Layout(f"HWOI{input_block}i{output_block}o")
 
 
+def winograd_rows_layout() -> Layout:
+    """Give the layout of transformed weights for plain images: all outputs of a position and an input in a row.
+
+    They lie in blocks of 16 bytes of f32, which a GPU copies at once.
+    """
+    return Layout("HWIO4o")
+
+
 def spatial_matrices(type_: Sequence[int], tile: int, stride: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Give the left inverses of G and H, the least squares ones, for transformed weights of a shape."""
     kernel = spatial_kernel(tile, type_[2:], stride)

@@ -7,15 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cnnc.backends.cuda.templates import TEMPLATES
 from cnnc.ir.build import call
 from cnnc.ir.text import print_graph
 from cnnc.ir.types import DType
-from cnnc.ops import Conv, MaxPool, WinogradWeight, constant, graph_input
+from cnnc.ops import Conv, MaxPool, Relu, WinogradWeight, constant, graph_input
 from cnnc.passes.choose_algorithm import ALGORITHMS, Algorithm, ChooseAlgorithm, cheapest, rounding
 from cnnc.passes.fold_constants import FoldConstants
+from cnnc.passes.pack_weights import PackWeights
 from cnnc.passes.pipeline import pipeline
 from cnnc.target import Target
-from tests.passes.graphs import TARGET, check, conv, graph_of, image, operators, weights
+from tests.passes.graphs import TARGET, assert_same_numbers, check, conv, graph_of, image, operators, weights
 
 FAST = Algorithm(
     "fast",
@@ -224,3 +226,63 @@ def test_only_what_tiles_take(rng):
     ]
     assert [cheapest(v.node, TILES, 64.0) for v in refused] == ["direct"] * len(refused)
     assert cheapest(conv(x, w).node, TILES, 64.0) == "bf16x3"
+
+
+GPU = Target.parse("cuda:sm_80")
+ON_GPU = ChooseAlgorithm(templates=TEMPLATES)
+
+
+def algorithms_on_gpu(graph, target=GPU, **options):
+    done = replace(ON_GPU, **options).run(graph, target)
+    return [node.op.algorithm for node in done.nodes if isinstance(node.op, Conv)]
+
+
+def wide(rng, batch=8, channels=64, size=28, outputs=64, kernel=(3, 3), **options):
+    return conv(image(batch, channels, size, size), weights(rng, outputs, channels, *kernel), **options)
+
+
+def test_gpu_golden(rng, golden):
+    y = conv(image(4, 32, 28, 28), weights(rng, 34, 32, 3, 3, label="w"), weights(rng, 34), pad=1)
+    graph = graph_of(call(Relu(), y))
+    done = check(ON_GPU, graph, rng, GPU)
+    folded = FoldConstants().run(done, GPU)
+    packed = check(PackWeights(), folded, rng, GPU)
+    golden("choose_algorithm_gpu", print_graph(graph) + print_graph(done) + print_graph(packed))
+    assert operators(packed) == ["conv", "relu"]
+
+
+def test_gpus_take_winograd_where_it_halves_the_products_and_pays(rng):
+    taken = [wide(rng, pad=1), wide(rng, pad=1, outputs=256), wide(rng, pad=2, kernel=(5, 5)), wide(rng, 64, size=56)]
+    refused = [
+        wide(rng, pad=1, stride=2),
+        wide(rng, kernel=(1, 1)),
+        wide(rng, channels=8, pad=1),
+        wide(rng, pad=1, outputs=8),
+        wide(rng, 1, channels=16, size=6, outputs=16, pad=1),
+        call(Conv((1, 1), (1, 1, 1, 1), (1, 1)), image(8, 64, 28, 28), graph_input("w", (64, 64, 3, 3))),
+    ]
+    for y in taken:
+        assert algorithms_on_gpu(graph_of(y)) != ["direct"], y
+    for y in refused:
+        assert algorithms_on_gpu(graph_of(y)) == ["direct"], y
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"exact": True}, {"budget": 8.0}, {"growth": 0.0}, {"dtype": "tf32"}, {"dtype": "f16", "weights": DType.F16},
+     {"weights": DType.BF16}, {"templates": ()}],
+)  # fmt: skip
+def test_what_forbids_winograd_on_gpus(rng, options):
+    graph = graph_of(wide(rng, pad=1))
+    assert algorithms_on_gpu(graph) == ["winograd4"]
+    assert algorithms_on_gpu(graph, budget=20.0) == ["winograd2"]
+    assert algorithms_on_gpu(graph, **options) == ["direct"]
+
+
+def test_graphs_for_several_batches_share_the_choice_on_gpus(rng):
+    w = weights(rng, 64, 64, 3, 3)
+    graphs = [graph_of(conv(image(batch, 64, 20, 20), w, pad=1)) for batch in (1, 3)]
+    chosen = ON_GPU.run_together(graphs, GPU)
+    assert len({node.op.algorithm for graph in chosen for node in graph.nodes if isinstance(node.op, Conv)}) == 1
+    for graph, done in zip(graphs, chosen, strict=True):
+        assert_same_numbers(graph, done, rng)
