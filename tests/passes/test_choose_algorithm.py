@@ -12,7 +12,8 @@ from cnnc.ir.build import call
 from cnnc.ir.text import print_graph
 from cnnc.ir.types import DType
 from cnnc.ops import Conv, MaxPool, Relu, WinogradWeight, constant, graph_input
-from cnnc.passes.choose_algorithm import ALGORITHMS, Algorithm, ChooseAlgorithm, cheapest, rounding
+from cnnc.passes.algorithms import ALGORITHMS, Algorithm, rounding
+from cnnc.passes.choose_algorithm import ChooseAlgorithm, cheapest
 from cnnc.passes.fold_constants import FoldConstants
 from cnnc.passes.pack_weights import PackWeights
 from cnnc.passes.pipeline import pipeline

@@ -21,7 +21,7 @@ from cnnc.ir.interp import evaluate
 from cnnc.ir.layout import Layout
 from cnnc.ops import Add, Conv, Fused, Input, MaxPool, Relu, Silu, WinogradWeight, constant, graph_input
 from cnnc.ops.winograd import is_supported, winograd_layout, winograd_tile
-from cnnc.passes.choose_algorithm import ALGORITHMS, Algorithm
+from cnnc.passes.algorithms import ALGORITHMS, Algorithm
 from cnnc.target import Target
 from tests.backends.cpu.test_conv_direct import reference
 
