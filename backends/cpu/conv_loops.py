@@ -185,7 +185,6 @@ class ConvLoops:
                 return t.sequence(turn(number), each(put_in))
 
             last = turns - 1
-
             return t.sequence(
                 t.alloc(totals),
                 reduce_some(0, together, is_last=False),

@@ -132,8 +132,8 @@ class Dim:
     def _bound(self, highest: bool) -> int:
         total = self.const
         for monomial, coefficient in self.terms:
-            upwards = highest == (coefficient > 0)
-            total += coefficient * math.prod(_atom_bound(atom, upwards) for atom in monomial)
+            bounds = [coefficient * bound for bound in _monomial_bounds(monomial)]
+            total += max(bounds) if highest else min(bounds)
         return total
 
     @property
@@ -209,11 +209,19 @@ def _normal(terms: dict[Monomial, int], const: int) -> Size:
     return Dim(tuple(kept), const) if kept else const
 
 
-def _atom_bound(atom: Atom, highest: bool) -> int:
+def _monomial_bounds(monomial: Monomial) -> tuple[int, int]:
+    """Give the least and the largest product; quotients may be below zero."""
+    low, high = 1, 1
+    for atom in monomial:
+        products = [bound * other for bound in (low, high) for other in _atom_bounds(atom)]
+        low, high = min(products), max(products)
+    return low, high
+
+
+def _atom_bounds(atom: Atom) -> tuple[int, int]:
     if isinstance(atom, Extent):
-        return atom.upper if highest else 0
-    bound = atom.numerator.upper if highest else atom.numerator.lower
-    return bound // atom.denominator
+        return 0, atom.upper
+    return atom.numerator.lower // atom.denominator, atom.numerator.upper // atom.denominator
 
 
 def _atom_value(atom: Atom, values: dict[str, int]) -> int:

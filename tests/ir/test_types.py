@@ -59,6 +59,13 @@ def test_bounds_hold(tree, n, m):
         assert size.lower <= size.evaluate({"n": n, "m": m}) <= size.upper
 
 
+def test_bounds_hold_of_products_with_a_factor_below_zero():
+    n = Dim.symbol("n", 5)
+    product = n * ((0 - n) // 2)
+    assert [product.evaluate({"n": number}) for number in range(6)] == [0, -1, -2, -6, -8, -15]
+    assert (product.lower, product.upper) == (-15, 0)
+
+
 def test_equal_polynomials_are_equal_objects():
     n, m = Dim.symbol("n", 5), Dim.symbol("m", 7)
     assert (n + m) * (n - m) == n * n - m * m
