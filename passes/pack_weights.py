@@ -64,7 +64,8 @@ class PackWeights(Pass):
 def _with_weight_in(layout: Layout, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
     """Rebuild a layer with its weight, a constant, declared to be in a layout."""
     x, weight, *bias = inputs
-    packed = call(replace(weight.op, layout=layout), loc=weight.node.loc)  # type: ignore[call-arg]
+    assert isinstance(weight.op, Constant), "only known weights are packed"
+    packed = call(replace(weight.op, layout=layout), loc=weight.node.loc)
     return call(node.op, x, packed, *bias, loc=node.loc).node.values
 
 
