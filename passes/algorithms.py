@@ -16,8 +16,8 @@ output by the factor
 
     sqrt(product over both axes of mean over i of sum over a of A_ia^2 |G_a|^2 |B_a|^2 / k)
 
-(of uncorrelated weights and inputs: 1.7 for 3x3 and tiles of 2x2, 5.1 for tiles of 4x4, 19 for 5x5 and those).  What
-would round to more than `MOST_ROUNDING` is not considered.
+(of uncorrelated weights and inputs: 1.7 for 3x3 and tiles of 2x2, 5.1 for tiles of 4x4, 21 for tiles of 6x6, 19 for 5x5
+and tiles of 4x4).  What would round to more than `MOST_ROUNDING` is not considered.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Algorithm:
 FMA_A_SECOND = 5.7e9
 """Vector multiply-adds a second of one core; like the other rates, only their ratios decide."""
 
-BYTES_A_SECOND, WIDE_BYTES_A_SECOND = 3.0e10, 1.2e10
+BYTES_A_SECOND, WIDE_BYTES_A_SECOND = 2.0e10, 1.2e10
 """What one core reads from memory, where a network's weights are each time they are needed: an EPYC's with AVX2, and a
 Xeon's, which stand for vectors of 8 lanes and of 16."""
 
@@ -83,11 +83,17 @@ DATA_FMA, OUTPUT_FMA = 15.0, 8.0
 WINOGRAD_MARGIN = 0.82
 """Of the time of the direct algorithm, Winograd's must take less than this to be worth its error and its weights."""
 
+LARGE_TILES_MARGIN = 0.74
+"""The same for tiles of 6x6, which so must take less than 0.9 of the time of tiles of 4x4: their error is thrice that."""
+
 GPU_MARGIN = 0.8
 """The same on GPUs, where the templates' own estimates of their kernels are compared."""
 
 FEWEST_SAVED = 2.0
 """On GPUs, by how much products must become fewer, at least."""
+
+LARGEST_GPU_TILE = 4
+"""On GPUs a thread transforms a tile in its registers."""
 
 
 def _blocks(channels: int, target: Target) -> int:
@@ -237,6 +243,9 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     Algorithm(
         "winograd4", error=32.0, applies=_winograd_applies(4), seconds=_winograd_seconds(4), margin=WINOGRAD_MARGIN
     ),
+    Algorithm(
+        "winograd6", error=64.0, applies=_winograd_applies(6), seconds=_winograd_seconds(6), margin=LARGE_TILES_MARGIN
+    ),
 )
 """The table: a new algorithm is a line here and a template in the back end."""
 
@@ -252,7 +261,8 @@ def _on_gpu(algorithm: Algorithm, templates: Sequence[KernelTemplate]) -> Algori
 
     def applies(node: Node, target: Target) -> bool:
         tile = winograd_tile(algorithm.name)
-        return algorithm.applies(node, target) and (tile is None or _saved_products(node, tile) >= FEWEST_SAVED)
+        pays = tile is None or (tile <= LARGEST_GPU_TILE and _saved_products(node, tile) >= FEWEST_SAVED)
+        return algorithm.applies(node, target) and pays
 
     margin = GPU_MARGIN if algorithm.is_winograd else algorithm.margin
     return replace(algorithm, applies=applies, seconds=seconds, margin=margin)

@@ -38,6 +38,7 @@ def machine_of(target: Target) -> Machine:
         registers=target.vector_registers,
         l1=target.caches.l1,
         l2=target.caches.l2,
+        l3=target.caches.l3,
         threads=target.threads,
     )
 

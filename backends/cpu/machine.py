@@ -22,6 +22,7 @@ class Machine:
     registers: int
     l1: int = 32 << 10
     l2: int = 1 << 20
+    l3: int = 16 << 20
     threads: int = 1
     hertz: float = 3e9
     fma_ports: int = 2
@@ -32,6 +33,8 @@ class Machine:
     """Bytes that flow from L2 into L1 while the core computes."""
     memory_bytes: float = 16.0
     """Bytes that flow from beyond L2, as one core streams."""
+    stream_bytes: float = 9.0
+    """The same of what is in no cache at all, as weights are at their first use in a run."""
     load_cycles: float = 0.0
     """What a vector load or broadcast adds to the arithmetic it serves: more than nothing where another thread of the
     core takes its share of the load ports."""
@@ -126,8 +129,8 @@ def _vector_parts(machine: Machine, pixels: int, group: int) -> tuple[tuple[int,
     return tuple((v, best[group][1].count(v)) for v in sorted(set(best[group][1]), reverse=True))
 
 
-AVX2 = Machine(lanes=8, registers=16)
-"""x86-64-v3: 16 registers of 8 floats."""
+AVX2 = Machine(lanes=8, registers=16, l2=512 << 10, stream_bytes=5.8)
+"""x86-64-v3: 16 registers of 8 floats; rates as measured on AMD's third generation of EPYCs."""
 
 AVX512 = Machine(lanes=16, registers=32, memory_bytes=9.0, load_cycles=0.3)
 """x86-64-v4: 32 registers of 16 floats; rates as measured on Intel's fifth generation of Xeons."""

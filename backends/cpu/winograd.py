@@ -86,10 +86,13 @@ def cost(shape: WinogradShape, params: WinogradParams, machine: Machine) -> floa
     sums = 4.0 * positions * params.tiles * params.group * conv.block
     readings = sum(count for _, count in even_split(params.tiles, params.pixels))
     near = (weights * readings + (data + SUMS_MOVED * sums) * groups) / machine.l2_bytes
-    far = 4.0 * shape.outputs * params.tiles * (fresh * channels * math.prod(conv.stride) + blocks * conv.block)
-    far += weights * _beyond(weights + data + sums, machine)
+    images = 4.0 * shape.outputs * params.tiles * (fresh * channels * math.prod(conv.stride) + blocks * conv.block)
+    # The first chunk finds weights in memory, others where the one before has left them.
+    again = weights * _beyond(weights + data + sums, machine) * (1 - 1 / chunks)
+    evicted = min(max(weights * params.oc_slices / machine.l3 - L3_KEEPS, 0.0), 1.0)
+    streamed = weights / chunks + again * evicted
+    reading = streamed / machine.stream_bytes + (again * (1 - evicted) + images) / machine.memory_bytes
     spilled = _beyond(data + sums, machine) * (data * (1 + groups) + SUMS_MOVED * sums * groups)
-    reading = far / machine.memory_bytes
     one = max(compute, reading) + EXPOSED_FAR * min(compute, reading) + EXPOSED_NEAR * near + SLICE_CYCLES
     one += EXPOSED_SPILL * spilled / machine.memory_bytes
     return one * machine.turns(slices) * machine.sharing(slices) / machine.hertz
@@ -111,6 +114,9 @@ SUMS_MOVED = 3.0
 
 L2_KEEPS, L2_LOSES = 0.75, 0.9
 """The working set, as a share of L2, from which on it spills, and how much more of it spills entirely."""
+
+L3_KEEPS = 0.75
+"""The weights, as a share of L3, from which on it loses some between chunks."""
 
 EXPOSED_NEAR, EXPOSED_FAR, EXPOSED_SPILL = 0.4, 0.1, 0.9
 """The shares of the traffic that arithmetic does not hide: from L2; from memory, asked for early; and spilled."""
@@ -156,7 +162,7 @@ def build(shape: WinogradShape, params: WinogradParams, machine: Machine, body: 
 
 @dataclass(frozen=True)
 class Winograd:
-    """The template: convolutions whose algorithm is `winograd2` or `winograd4`, on blocked channels.
+    """The template: convolutions whose algorithm is one of Winograd's, on blocked channels.
 
     What is elementwise before the convolution may be part of the kernel.
     """

@@ -37,8 +37,8 @@ class Conv(Op):
     y[n,o,p] = b[o] + sum over i, k of x[n, g*I/groups + i, p*stride - pad + k*dilation] * w[o,i,k],  g the group of o
 
     Inputs x[N,I,...], w[O,I/groups,...], optionally b[O]; pad is (begin..., end...).  `algorithm` names how it is
-    computed ("direct", "bf16x3", "winograd2", "winograd4").  With Winograd's, w is handed in transformed, as
-    winograd_weight{tile,stride}(w); what the convolution means stays the same.
+    computed ("direct", "bf16x3", "winograd2", "winograd4", "winograd6").  With Winograd's, w is handed in transformed,
+    as winograd_weight{tile,stride}(w); what the convolution means stays the same.
     """
 
     stride: tuple[int, ...]
@@ -224,6 +224,7 @@ class Conv(Op):
         yield _example((1, 16, 5, 4), (32, 8, 3, 1), (1, 1), (1, 0, 1, 0), groups=2, bias=True, blocks=(8, 1))
         yield _winograd_example(4, (1, 3, 9, 7), 5, (1, 1, 1, 1), bias=True)
         yield _winograd_example(2, (2, 4, 5, 6), 3, (0, 2, 1, 0))
+        yield _winograd_example(6, (1, 9, 13, 7), 8, (1, 1, 1, 1), blocks=(8, 8))
         yield _winograd_example(4, (1, 6, 9, 8), 10, (1, 1, 1, 1), bias=True, blocks=(8, 8))
         yield _winograd_example(2, (2, 9, 4, 5), 8, (1, 0, 2, 1), blocks=(8, 8))
         yield _winograd_example(4, (1, 3, 11, 12), 5, (1, 1, 1, 1), stride=(2, 2), bias=True)

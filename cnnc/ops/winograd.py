@@ -32,7 +32,7 @@ from cnnc.ops.broadcast import working_dtype
 from cnnc.ops.numeric import cast_to, check_floats
 from cnnc.ops.window import Window
 
-TILES = (2, 4)
+TILES = (2, 4, 6)
 """The outputs, along each axis, that are computed together; along an axis of one tap it is always one."""
 
 LONGEST_KERNEL = 7
@@ -193,7 +193,7 @@ def spatial_kernel(tile: int, weights: Sequence[int], stride: Sequence[int]) -> 
 
 
 def winograd_tile(algorithm: str) -> int | None:
-    """Give the output tile of a convolution's algorithm, `winograd2` or `winograd4`; None for any other."""
+    """Give the output tile of a convolution's algorithm, as 4 of `winograd4`; None for any other."""
     return next((tile for tile in TILES if algorithm == f"winograd{tile}"), None)
 
 
@@ -352,9 +352,10 @@ class WinogradWeight(Op):
 
     @classmethod
     def examples(cls) -> Iterable[Example]:
-        """Give both tiles, odd channels, other kernels, strides and dtypes, no elements."""
+        """Give all tiles, odd channels, other kernels, strides and dtypes, no elements."""
         yield Example(cls(4), (TensorType((5, 3, 3, 3)),))
         yield Example(cls(2), (TensorType((4, 6, 3, 3)),))
+        yield Example(cls(6), (TensorType((4, 3, 3, 3)),))
         yield Example(cls(4), (TensorType((2, 3, 5, 5)),))
         yield Example(cls(2), (TensorType((2, 3, 1, 7)),))
         yield Example(cls(4, (2, 2)), (TensorType((3, 2, 3, 3)),))

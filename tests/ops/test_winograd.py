@@ -27,8 +27,10 @@ def test_what_is_supported() -> None:
 
     assert supported(2, 1) == [1, 2, 3, 4, 5, 7]
     assert supported(4, 1) == [1, 2, 3, 5]
+    assert supported(6, 1) == [1, 3]
     assert supported(2, 2) == [1, 3, 4, 5, 6, 7]
     assert supported(4, 2) == [1, 3, 4, 5, 6]
+    assert supported(6, 2) == [1, 6]
 
 
 @pytest.mark.parametrize(("tile", "kernel", "stride"), AXES)

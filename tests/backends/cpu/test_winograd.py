@@ -27,7 +27,7 @@ from tests.backends.cpu.test_conv_direct import reference
 
 MACHINES = {8: AVX2, 16: AVX512}
 
-BUDGET = {2: 8.0, 4: 64.0}
+BUDGET = {2: 8.0, 4: 64.0, 6: 128.0}
 """The largest error allowed, in units of eps * sum |x||w|."""
 
 
@@ -131,11 +131,25 @@ LONG = {
 """What only tiles of 2 are for."""
 
 
-@pytest.mark.parametrize("tile", [2, 4])
+LARGE = {
+    "whole tiles of 6": conv(1, 16, 12, 18, 24),
+    "13x20": conv(2, 24, 13, 20, 40),
+    "one pixel": SHAPES["one pixel"],
+    "one row": SHAPES["one row"],
+    "padding on one side": SHAPES["padding on one side"],
+    "padding beyond a tile": SHAPES["padding beyond a tile"],
+    "channels beside the block": SHAPES["channels beside the block"],
+    "one row of taps": conv(1, 24, 9, 19, 16, (0, 1, 0, 1), (1, 3)),
+}
+"""What tiles of 6 are for."""
+
+IN_TILES = [*((name, tile) for name in SHAPES for tile in (2, 4)), *((name, 6) for name in LARGE)]
+
+
+@pytest.mark.parametrize(("name", "tile"), IN_TILES)
 @pytest.mark.parametrize("block", [8, 16])
-@pytest.mark.parametrize("name", SHAPES)
 def test_the_chosen_schedule_is_right(call_kernel: Any, name: str, block: int, tile: int) -> None:
-    shape = WinogradShape(replace(SHAPES[name], block=block), tile)
+    shape = WinogradShape(replace((LARGE if tile == 6 else SHAPES)[name], block=block), tile)
     check(call_kernel, shape, best(shape, MACHINES[block]), MACHINES[block], pieces=3)
 
 
@@ -151,9 +165,11 @@ def test_long_kernels_are_right(call_kernel: Any, name: str, block: int) -> None
     check(call_kernel, shape, best(shape, MACHINES[block]), MACHINES[block], pieces=3)
 
 
-@pytest.mark.parametrize("tile", [2, 4])
+SCHEDULED = ["14x14", "7x7, batch of 3", "padding on one side", "channels beside the block", "stride 2", "5x5"]
+
+
 @pytest.mark.parametrize(
-    "name", ["14x14", "7x7, batch of 3", "padding on one side", "channels beside the block", "stride 2", "5x5"]
+    ("name", "tile"), [*((name, tile) for name in SCHEDULED for tile in (2, 4)), *((n, 6) for n in SCHEDULED[:4])]
 )
 def test_every_schedule_is_right(call_kernel: Any, name: str, tile: int) -> None:
     shape = WinogradShape(SHAPES[name], tile)
@@ -168,7 +184,8 @@ def test_any_size_is_right(call_kernel: Any, seed: int) -> None:
     pad = (draw.randrange(3), draw.randrange(3), draw.randrange(3), draw.randrange(3))
     h = draw.randrange(max(1, 3 - pad[0] - pad[2]), 21)
     w = draw.randrange(max(1, 3 - pad[1] - pad[3]), 21)
-    shape = WinogradShape(conv(draw.randrange(1, 4), draw.randrange(1, 35), h, w, draw.randrange(1, 35), pad), 4)
+    tile = draw.choice((4, 6))
+    shape = WinogradShape(conv(draw.randrange(1, 4), draw.randrange(1, 35), h, w, draw.randrange(1, 35), pad), tile)
     params = draw.choice(list(winograd.space(shape, AVX2)))
     check(call_kernel, shape, params, AVX2, pieces=draw.randrange(1, 5))
 
@@ -231,12 +248,13 @@ def test_slices_for_eight_threads(machine: Machine, channels: int, size: int) ->
     assert -(-shape.tiles // params.tiles) * params.oc_slices >= 7
 
 
+@pytest.mark.parametrize("tile", [4, 6])
 @pytest.mark.parametrize(("block", "cpu"), [(8, "x86-64-v3"), (16, "x86-64-v4")])
-def test_sums_stay_in_registers(block: int, cpu: str) -> None:
+def test_sums_stay_in_registers(block: int, cpu: str, tile: int) -> None:
     """No vector goes through the stack where the products are, whether or not this machine could run it."""
     from cnnc.backends.cpu.codegen import kernel_text
 
-    shape = WinogradShape(conv(1, 64, 28, 28, 128, block=block), 4)
+    shape = WinogradShape(conv(1, 64, 28, 28, 128, block=block), tile)
     body = plain_body(shape.operand_shapes, shape.conv.output_shape)
     func = winograd.build(shape, best(shape, MACHINES[block]), MACHINES[block], body)
     text = kernel_text(func, "kernel", Target.parse(f"cpu:{cpu}"), "s")
