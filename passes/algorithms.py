@@ -84,7 +84,7 @@ WINOGRAD_MARGIN = 0.82
 """Of the time of the direct algorithm, Winograd's must take less than this to be worth its error and its weights."""
 
 LARGE_TILES_MARGIN = 0.74
-"""The same for tiles of 6x6, which so must take less than 0.9 of the time of tiles of 4x4: their error is thrice that."""
+"""The same for tiles of 6x6: of the time of tiles of 4x4 they must take less than 0.9, since their error is thrice."""
 
 GPU_MARGIN = 0.8
 """The same on GPUs, where the templates' own estimates of their kernels are compared."""
