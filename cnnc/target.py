@@ -63,18 +63,12 @@ class Caches:
     """Data cache sizes in bytes, of one core (L3: of the whole chip).
 
     They are what kernels may count on, not this machine's, of which another thread may have a part: so a model is
-    compiled the same way everywhere.  Server CPUs with AVX-512 have an L2 cache of 1 MiB at least, AMD's with AVX2
-    alone half of that.
+    compiled the same way everywhere.
     """
 
     l1: int = 32 << 10
     l2: int = 1 << 20
     l3: int = 16 << 20
-
-    @staticmethod
-    def of(features: tuple[str, ...]) -> Caches:
-        """Give those of CPUs with some features."""
-        return Caches() if "avx512f" in features else Caches(l2=512 << 10)
 
 
 @dataclass(frozen=True)
@@ -108,7 +102,7 @@ class Target:
             arch = native_arch()
         if arch not in CPUS:
             raise UsageError(f"target {text!r}: CPU {arch!r} is not known; use one of {', '.join(CPUS)}")
-        return Target(kind, arch, CPUS[arch], Caches.of(CPUS[arch]), threads)
+        return Target(kind, arch, CPUS[arch], threads=threads)
 
     @property
     def is_gpu(self) -> bool:

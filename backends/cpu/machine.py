@@ -129,7 +129,7 @@ def _vector_parts(machine: Machine, pixels: int, group: int) -> tuple[tuple[int,
     return tuple((v, best[group][1].count(v)) for v in sorted(set(best[group][1]), reverse=True))
 
 
-AVX2 = Machine(lanes=8, registers=16, l2=512 << 10, stream_bytes=5.8)
+AVX2 = Machine(lanes=8, registers=16, stream_bytes=5.8)
 """x86-64-v3: 16 registers of 8 floats; rates as measured on AMD's third generation of EPYCs."""
 
 AVX512 = Machine(lanes=16, registers=32, memory_bytes=9.0, load_cycles=0.3)

@@ -84,18 +84,35 @@ def cost(shape: WinogradShape, params: WinogradParams, machine: Machine) -> floa
     weights = conv.weight_bytes * shape.vertical.weights * shape.horizontal.weights * channels * blocks * conv.block
     data = 4.0 * positions * channels * params.tiles
     sums = 4.0 * positions * params.tiles * params.group * conv.block
-    readings = sum(count for _, count in even_split(params.tiles, params.pixels))
+    readings = _readings(params, channels, conv.block, machine)
     near = (weights * readings + (data + SUMS_MOVED * sums) * groups) / machine.l2_bytes
     images = 4.0 * shape.outputs * params.tiles * (fresh * channels * math.prod(conv.stride) + blocks * conv.block)
-    # The first chunk finds weights in memory, others where the one before has left them.
-    again = weights * _beyond(weights + data + sums, machine) * (1 - 1 / chunks)
-    evicted = min(max(weights * params.oc_slices / machine.l3 - L3_KEEPS, 0.0), 1.0)
-    streamed = weights / chunks + again * evicted
-    reading = streamed / machine.stream_bytes + (again * (1 - evicted) + images) / machine.memory_bytes
+    again = weights * _beyond(weights + data + sums, machine)
+    reading = images / machine.memory_bytes
+    reading += _weight_cycles(weights, again, weights * params.oc_slices, chunks, machine)
     spilled = _beyond(data + sums, machine) * (data * (1 + groups) + SUMS_MOVED * sums * groups)
     one = max(compute, reading) + EXPOSED_FAR * min(compute, reading) + EXPOSED_NEAR * near + SLICE_CYCLES
     one += EXPOSED_SPILL * spilled / machine.memory_bytes
     return one * machine.turns(slices) * machine.sharing(slices) / machine.hertz
+
+
+def _weight_cycles(weights: float, again: float, whole: float, chunks: int, machine: Machine) -> float:
+    """Count the cycles in which a slice's weights, of the `whole`, flow from beyond L2, in the mean over all chunks.
+
+    The first chunk finds all of them in memory; the others read some `again`, from where the one before has left them.
+    """
+    evicted = min(max(whole / machine.l3 - L3_KEEPS, 0.0), 1.0)
+    later = evicted / machine.stream_bytes + (1 - evicted) / machine.memory_bytes
+    return (weights / machine.stream_bytes + (chunks - 1) * again * later) / chunks
+
+
+def _readings(params: WinogradParams, channels: int, block: int, machine: Machine) -> float:
+    """Give how often weights flow from L2: once for each register tile, unless those of a few vectors stay in L1."""
+    tiles = sum(count for _, count in even_split(params.tiles, params.pixels))
+    vectors = max(v for v, _ in machine.vector_parts(min(params.pixels, params.tiles), params.group))
+    together = 4.0 * channels * (vectors * block + params.pixels)
+    lost = min(max((together / machine.l1 - L1_KEEPS) / L1_LOSES, 0.0), 1.0)
+    return 1 + (tiles - 1) * lost
 
 
 def _beyond(size: float, machine: Machine) -> float:
@@ -114,6 +131,10 @@ SUMS_MOVED = 3.0
 
 L2_KEEPS, L2_LOSES = 0.75, 0.9
 """The working set, as a share of L2, from which on it spills, and how much more of it spills entirely."""
+
+L1_KEEPS, L1_LOSES = 0.5, 0.5
+"""The weights and data of a register tile, as a share of L1, from which on weights leave it between tiles, and how much
+more of them all do."""
 
 L3_KEEPS = 0.75
 """The weights, as a share of L3, from which on it loses some between chunks."""
