@@ -22,6 +22,10 @@ Pieces: TypeAlias = Sequence[bytes | memoryview]
 ALIGNMENT = 4096
 """Whole pages: the section is mapped from the file, shared between processes and never copied."""
 
+HUGE_PAGE = 2 << 20
+HUGE_DATA = 64 << 20
+"""Data of so many bytes starts a huge page, in the file as in memory: what the file costs is below a thirtieth."""
+
 _FILE_HEADER = struct.Struct("<4s5B7x2HI3QI6H")
 _SEGMENT_HEADER = struct.Struct("<2I6Q")
 _SECTION_HEADER = struct.Struct("<2I4Q2I2Q")
@@ -84,19 +88,38 @@ def _file_header(headers_at: int, sections: int) -> bytes:
 def stretch_section(path: Path, section: str, pieces: Pieces) -> None:
     """Put data at the end of a linked file and let a section, which fills a segment of its own, hold just that.
 
-    Raises EnvironmentProblem if the linker gave the section no segment of its own.
+    Large data can be mapped in huge pages, if the system keeps it so.  Raises EnvironmentProblem if the linker gave the
+    section no segment of its own.
     """
-    with path.open("r+b") as file:
+    with path.open("r+b", buffering=0) as file:
         tables = _Tables.read(file)
         header_at, address = tables.find_section(file, section)
         segment_at, alignment = tables.find_segment(file, section, address)
         start = file.seek(0, os.SEEK_END)
-        start += -start % max(alignment, ALIGNMENT)
         size = byte_count(pieces)
+        if size >= HUGE_DATA and address % HUGE_PAGE == 0:
+            alignment = HUGE_PAGE
+        start += -start % max(alignment, ALIGNMENT)
         file.seek(start)
-        file.writelines(pieces)
+        _write_all(file.fileno(), pieces)
         _replace(file, _SECTION_HEADER, header_at, {4: start, 5: size})
-        _replace(file, _SEGMENT_HEADER, segment_at, {2: start, 5: size, 6: size})
+        _replace(file, _SEGMENT_HEADER, segment_at, {2: start, 5: size, 6: size, 7: alignment})
+
+
+_MOST_PIECES = 512
+"""Pieces in a call: many at a time, so that the system can keep what is small in huge pages, too."""
+
+
+def _write_all(descriptor: int, pieces: Pieces) -> None:
+    views = [memoryview(piece).cast("B") for piece in pieces if memoryview(piece).nbytes]
+    first = 0
+    while first < len(views):
+        written = os.writev(descriptor, views[first : first + _MOST_PIECES])
+        while first < len(views) and written >= views[first].nbytes:
+            written -= views[first].nbytes
+            first += 1
+        if written:
+            views[first] = views[first][written:]
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cnnc.backends.host import toolchain
+from cnnc.backends.host import elf_data, toolchain
 from cnnc.backends.host.driver import exported_symbols
-from cnnc.backends.host.elf_data import stretch_section
+from cnnc.backends.host.elf_data import HUGE_PAGE, stretch_section
 from cnnc.backends.host.header import emit_header
 from cnnc.backends.host.library import SharedModel
 from cnnc.backends.host.link import build_executable, build_object, build_shared
@@ -75,6 +75,39 @@ def test_weights_fill_a_segment_of_their_own(library: Path, small: Any) -> None:
     fields = re.search(r"\.cnnc_weights +PROGBITS +(\S+) (\S+) (\S+)", tool_output("readelf", "-SW", library))
     assert fields is not None
     assert [int(field, 16) for field in fields.groups()] == [int(address, 16), start, len(weights)]
+
+
+def test_large_weights_start_a_huge_page(
+    small: Any, kernels: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the file as in memory, in segment and section headers; and what is in them is the same."""
+    weights = b"".join(small.program.weights)
+    monkeypatch.setattr(elf_data, "HUGE_DATA", len(weights))
+    library = tmp_path / "small.so"
+    build_shared(small.program, [kernels], library)
+    loads = re.findall(r"LOAD +(\S+) (\S+) \S+ (\S+) \S+ R {2} +(\S+)", tool_output("readelf", "-lW", library))
+    *_, (offset, address, in_file, alignment) = [[int(field, 16) for field in load] for load in loads]
+    assert offset > 0
+    assert (offset % HUGE_PAGE, address % HUGE_PAGE, alignment) == (0, 0, HUGE_PAGE)
+    assert library.read_bytes()[offset : offset + in_file] == weights
+    fields = re.search(r"\.cnnc_weights +PROGBITS +(\S+) (\S+) (\S+)", tool_output("readelf", "-SW", library))
+    assert fields is not None
+    assert [int(field, 16) for field in fields.groups()] == [address, offset, in_file]
+    x = small.inputs(3)
+    with SharedModel(library).create(2) as context:
+        y, _ = context.run([x])
+    np.testing.assert_allclose(y, small.expected(x)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("most", [1, 2, 512])
+def test_pieces_are_written_one_after_the_other(tmp_path: Path, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the system takes less at a time than it is given, and where pieces are empty."""
+    pieces = [b"abc", b"", memoryview(np.zeros((2, 0), np.float32)), memoryview(np.arange(5, dtype=np.int16)), b"z"]
+    monkeypatch.setattr(elf_data, "_MOST_PIECES", most)
+    monkeypatch.setattr("os.writev", lambda file, views: os.write(file, b"".join(views)[:2]))
+    with (tmp_path / "file").open("wb", buffering=0) as file:
+        elf_data._write_all(file.fileno(), pieces)
+    assert (tmp_path / "file").read_bytes() == b"".join(bytes(piece) for piece in pieces)
 
 
 def test_a_linker_that_places_weights_among_the_rest(small: Any, kernels: bytes, tmp_path: Path) -> None:
