@@ -51,7 +51,10 @@ def _launched(call: KernelCall, kernels: Mapping[str, CudaKernel], modules: Mapp
     """Give the call as launches over the buffers it has for arguments."""
 
     def place(argument: int | tuple[str, int]) -> Slot:
-        return Slot("scratch", argument[1]) if isinstance(argument, tuple) else call.args[argument]
+        if not isinstance(argument, tuple):
+            return call.args[argument]
+        space, offset = argument
+        return Slot("map" if space == "map" else "scratch", offset)
 
     launches = tuple(
         DeviceLaunch(
@@ -59,6 +62,7 @@ def _launched(call: KernelCall, kernels: Mapping[str, CudaKernel], modules: Mapp
             launch.function,
             tuple(map(place, launch.arguments)),
             *(launch.grid, launch.block, launch.shared_bytes),
+            tuple((call.args[position], described) for position, described in launch.maps),
         )
         for launch in kernels[call.symbol].launches
     )

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cnnc.backends.cuda import tensor_cores, wgmma
+from cnnc.backends.cuda import tensor_cores, tma, wgmma
+from cnnc.backends.cuda.tensor_maps import maps_of
+from cnnc.backends.host.device import TensorMap
 from cnnc.backends.load_tvm import load_tvm
 from cnnc.errors import VerifyError
 from cnnc.target import Target
@@ -39,7 +41,8 @@ KERNEL = 'extern "C" __global__'
 class Launch:
     """One launch of a `__global__` function.
 
-    An argument is the position of a buffer of the PrimFunc, or ("scratch", byte offset).
+    An argument is the position of a buffer of the PrimFunc, ("scratch", byte offset), or ("map", number) of `maps`, of
+    which each is of the buffer at a position.
     """
 
     function: str
@@ -47,6 +50,7 @@ class Launch:
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared_bytes: int = 0
+    maps: tuple[tuple[int, TensorMap], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def cuda_source(func: Any, symbol: str, target: Target, *, noalias: bool = True)
     from cnnc.backends.cuda.lowering import lower_to_device
 
     host, device = lower_to_device(func, symbol, target, noalias)
-    launches, scratch_bytes = _Launches(host).read()
+    launches, scratch_bytes = _Launches(host, maps_of(func)).read()
     if not launches:
         return CudaSource(symbol, "", ())
     text = str(tvm.get_global_func("target.build.cuda")(device, tvm_target(target)).inspect_source())
@@ -88,10 +92,14 @@ def tvm_target(target: Target) -> Any:
 class _Launches:
     """Reads the launches from the host's part of a lowered kernel."""
 
-    def __init__(self, host: Any) -> None:
+    def __init__(self, host: Any, maps: tuple[tuple[int, TensorMap], ...]) -> None:
         self._host = host
-        # What a buffer of the host is: a parameter, or a place in scratch memory.
-        self._places: dict[Any, int | tuple[str, int]] = {p: i for i, p in enumerate(host.params)}
+        self._maps = maps
+        # What a buffer of the host is: a parameter, of which the last are maps, or a place in scratch memory.
+        first_map = len(host.params) - len(maps)
+        self._places: dict[Any, int | tuple[str, int]] = {
+            p: i if i < first_map else ("map", i - first_map) for i, p in enumerate(host.params)
+        }
         self._scratch_bytes = 0
 
     def read(self) -> tuple[tuple[Launch, ...], int]:
@@ -118,12 +126,15 @@ class _Launches:
         tags = [str(tag) for tag in call.attrs.launch_params]
         buffers = rest[: len(rest) - len(tags)]
         sizes = dict(zip(tags, (int(size) for size in rest[len(buffers) :]), strict=True))
+        arguments = tuple(self._places[buffer.args[0]] for buffer in buffers)
+        takes_maps = any(isinstance(place, tuple) and place[0] == "map" for place in arguments)
         launch = Launch(
             str(name.value),
-            tuple(self._places[buffer.args[0]] for buffer in buffers),
+            arguments,
             (sizes.get("blockIdx.x", 1), sizes.get("blockIdx.y", 1), sizes.get("blockIdx.z", 1)),
             (sizes.get("threadIdx.x", 1), sizes.get("threadIdx.y", 1), sizes.get("threadIdx.z", 1)),
             sizes.get("tirx.use_dyn_shared_memory", 0),
+            self._maps if takes_maps else (),
         )
         return _checked(launch)
 
@@ -178,6 +189,10 @@ template <class T> static __device__ __forceinline__ T cnnc_min(T a, T b) { retu
 """
 
 
+_SHARED = re.compile("|".join((tensor_cores.PREFIX, wgmma.PREFIX, tma.PREFIX)))
+"""Calls of functions that find addresses in shared memory as the first of these does."""
+
+
 def _with_own_prelude(text: str) -> str:
     """Put what the functions need in the place of TVM's prelude, which needs more of the toolkit and of nvcc's time."""
     start = text.index(KERNEL)
@@ -187,9 +202,11 @@ def _with_own_prelude(text: str) -> str:
         for word, header in (("half", "cuda_fp16.h"), ("nv_bfloat16", "cuda_bf16.h"))
         if word in functions
     ]
-    asynchronous = tensor_cores.SOURCE if tensor_cores.PREFIX in functions else ""
-    warpgroups = wgmma.source(functions) if wgmma.PREFIX in functions else ""
-    return _PRELUDE + "".join(includes) + asynchronous + warpgroups + functions
+    asynchronous = tensor_cores.SOURCE if _SHARED.search(functions) else ""
+    asynchronous += wgmma.source(functions) if wgmma.PREFIX in functions else ""
+    if tma.PREFIX in functions:
+        asynchronous, functions = asynchronous + tma.SOURCE, tma.with_maps(functions)
+    return _PRELUDE + "".join(includes) + asynchronous + functions
 
 
 def _vector_of_four(element: str) -> str:

@@ -13,11 +13,28 @@ from cnnc.backends.cuda.launches import address, within
 from cnnc.backends.cuda.mma_launch import Product, product_func
 from cnnc.backends.cuda.mma_params import BlockTile, MmaShape
 from cnnc.backends.cuda.mma_ring import Operand
+from cnnc.backends.cuda.tma_tile import BoxedOperand
 from cnnc.ops.fused import Fused
 
 
 def conv_mma_func(kernel: Fused, found: MmaConv, tile: BlockTile) -> Any:
     """Give the PrimFunc over the kernel's inputs, then its output."""
+
+    def image(x: Any, group: Any) -> Operand:
+        return Operand(_image(found, x, group))
+
+    def weight(w: Any, group: Any) -> Operand:
+        return Operand(_weight(found, w, shape_of(found), group))
+
+    return product_func(conv_product(kernel, found, image, weight), tile)
+
+
+OperandOf = Callable[[Any, Any], Operand | BoxedOperand]
+"""Gives an operand by its buffer and the group."""
+
+
+def conv_product(kernel: Fused, found: MmaConv, image: OperandOf, weight: OperandOf) -> Product:
+    """Tell a kernel's product: pixels of all images by output channels."""
     body = body_around(kernel, found.node).bind(found.node.types[0].physical_shape)
     buffers = dict(zip(kernel.body.inputs, body.inputs, strict=True))
     _, _, oh, ow = found.node.types[0].static_shape
@@ -25,15 +42,14 @@ def conv_mma_func(kernel: Fused, found: MmaConv, tile: BlockTile) -> Any:
     def index(pixel: Any, block: Any, channel: Any) -> tuple[Any, ...]:
         return pixel // (oh * ow), block, pixel // ow % oh, pixel % ow, channel
 
-    shape = shape_of(found)
-
-    def image(group: Any) -> Operand:
-        return Operand(_image(found, buffers[found.image], group))
-
-    def weight(group: Any) -> Operand:
-        return Operand(_weight(found, buffers[found.weight], shape, group))
-
-    return product_func(Product(body, shape, image, weight, found.block, index), tile)
+    return Product(
+        body,
+        shape_of(found),
+        lambda group: image(buffers[found.image], group),
+        lambda group: weight(buffers[found.weight], group),
+        found.block,
+        index,
+    )
 
 
 def _image(found: MmaConv, x: Any, group: Any) -> Callable[[Any, Any], tuple[Any, Any]]:

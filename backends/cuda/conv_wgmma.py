@@ -11,9 +11,10 @@ NVIDIA's PTX ISA, "Asynchronous warpgroup level matrix instructions"; CUTLASS, "
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from cnnc.backends.cuda.conv_mma import ConvMma, matched
-from cnnc.backends.cuda.mma_params import WGMMA_TILES, WgmmaParams
+from cnnc.backends.cuda.mma_params import WGMMA_TILES, BlockTile, WgmmaParams
 from cnnc.backends.cuda.wgmma import DTYPES
 from cnnc.ops.fused import Fused
 from cnnc.target import Target
@@ -24,8 +25,8 @@ class ConvWgmma(ConvMma):
     """Convolutions of `conv_mma` whose operands have 16 bits, on the one architecture that has the instructions."""
 
     name: str = "conv_wgmma"
-    tiles = WGMMA_TILES
-    params = WgmmaParams
+    tiles: ClassVar[tuple[BlockTile, ...]] = WGMMA_TILES
+    params: ClassVar[type[BlockTile]] = WgmmaParams
 
     def matches(self, kernel: Fused, target: Target) -> bool:
         """Take what `conv_mma` takes but tf32."""

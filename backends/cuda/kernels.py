@@ -15,6 +15,7 @@ from cnnc.backends.cuda.codegen import KERNEL, CudaSource, Launch, cuda_source
 from cnnc.backends.cuda.nvcc import FLAGS, Fatbin, Usage, compile_fatbin, nvcc_version
 from cnnc.backends.cuda.templates import template
 from cnnc.backends.cuda.tensor_cores import MMA
+from cnnc.backends.cuda.tensor_maps import map_from
 from cnnc.backends.cuda.wgmma import PREFIX as WGMMA
 from cnnc.backends.load_tvm import load_tvm
 from cnnc.backends.lower.identity import kernel_key
@@ -139,7 +140,8 @@ def _decode(content: bytes | None) -> CudaKernel | None:
 
 def _launch(fields: dict[str, object]) -> Launch:
     """Read a launch back from JSON, whose lists were tuples."""
-    return Launch(**{key: _tuples(value) for key, value in fields.items()})  # type: ignore[arg-type]
+    maps = tuple((position, map_from(described)) for position, described in fields["maps"])  # type: ignore[attr-defined]
+    return Launch(**{**{key: _tuples(value) for key, value in fields.items()}, "maps": maps})  # type: ignore[arg-type]
 
 
 def _tuples(value: object) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
@@ -14,12 +15,20 @@ from cnnc.backends.cuda.matrices import Matrix, MatrixProduct
 from cnnc.backends.cuda.mma_launch import Product, product_func
 from cnnc.backends.cuda.mma_params import BlockTile
 from cnnc.backends.cuda.mma_ring import Operand, Order
+from cnnc.backends.cuda.tma_tile import BoxedOperand
 from cnnc.ops.dense import Dense
 from cnnc.ops.fused import Fused
 
 
 def matmul_mma_func(kernel: Fused, found: MatrixProduct, tile: BlockTile | FfmaParams) -> Any:
     """Give the PrimFunc over the kernel's inputs, then its output."""
+    return product_func(matmul_product(kernel, found, _operand), tile)
+
+
+def matmul_product(
+    kernel: Fused, found: MatrixProduct, operand: Callable[[Matrix, Any, Any], Operand | BoxedOperand]
+) -> Product:
+    """Tell a kernel's product, of operands by matrix, buffer, and the number of the one of its batch."""
     body = body_around(kernel, found.node).bind(found.node.types[0].physical_shape)
     buffers = dict(zip(kernel.body.inputs, body.inputs, strict=True))
     leading = found.node.types[0].static_shape[:-1]
@@ -30,27 +39,32 @@ def matmul_mma_func(kernel: Fused, found: MatrixProduct, tile: BlockTile | FfmaP
             return (*position(leading, row), column)
         return (*position(found.batch, batch), *([row] if has_rows else []), *([column] if has_columns else []))
 
-    def operand(matrix: Matrix, batch: Any) -> Operand:
-        return _operand(matrix, buffers[matrix.stored], position(found.batch, batch))
+    def of(matrix: Matrix, batch: Any) -> Operand | BoxedOperand:
+        return operand(matrix, buffers[matrix.stored], _number(matrix, position(found.batch, batch)))
 
-    product = Product(
+    return Product(
         body,
         found.shape,
-        lambda batch: operand(found.left, batch),
-        lambda batch: operand(found.right, batch),
+        lambda batch: of(found.left, batch),
+        lambda batch: of(found.right, batch),
         found.right.rows,
         index,
     )
-    return product_func(product, tile)
 
 
-def _operand(matrix: Matrix, x: Any, batch: list[Any]) -> Operand:
-    """Find the pieces of a matrix: of those of its batch, which broadcasts to that of the product."""
+def _number(matrix: Matrix, batch: list[Any]) -> Any:
+    """Count through the matrices of a batch, which broadcasts to that of the product."""
     own = batch[len(batch) - len(matrix.batch) :]
-    start: Any = 0
+    number: Any = 0
     for axis, extent in enumerate(matrix.batch):
         if extent != 1:
-            start = start + own[axis] * (math.prod(matrix.batch[axis + 1 :]) * matrix.rows * matrix.depth)
+            number = number + own[axis] * math.prod(matrix.batch[axis + 1 :])
+    return number
+
+
+def _operand(matrix: Matrix, x: Any, number: Any) -> Operand:
+    """Find the pieces of a matrix: of those of its batch, the one of this number."""
+    start = number * (matrix.rows * matrix.depth)
     front = (0,) * (len(x.shape) - 1)
 
     def along(row: Any, piece: Any) -> tuple[Any, Any]:

@@ -8,9 +8,10 @@ See `conv_wgmma` for which products are better off so.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from cnnc.backends.cuda.matmul_mma import MatMulMma, matched
-from cnnc.backends.cuda.mma_params import WGMMA_TILES, WgmmaParams
+from cnnc.backends.cuda.mma_params import WGMMA_TILES, BlockTile, WgmmaParams
 from cnnc.backends.cuda.wgmma import DTYPES
 from cnnc.ops.fused import Fused
 from cnnc.target import Target
@@ -21,8 +22,8 @@ class MatMulWgmma(MatMulMma):
     """Products of `matmul_mma` whose operands have 16 bits, on the one architecture that has the instructions."""
 
     name: str = "matmul_wgmma"
-    tiles = WGMMA_TILES
-    params = WgmmaParams
+    tiles: ClassVar[tuple[BlockTile, ...]] = WGMMA_TILES
+    params: ClassVar[type[BlockTile]] = WgmmaParams
 
     def matches(self, kernel: Fused, target: Target) -> bool:
         """Take what `matmul_mma` takes but tf32."""

@@ -15,10 +15,12 @@ from tvm import tirx
 from cnnc.backends.cuda.ffma_params import FfmaParams
 from cnnc.backends.cuda.ffma_tile import ffma_product
 from cnnc.backends.cuda.launches import launch
-from cnnc.backends.cuda.mma_params import BlockTile, MmaShape, WgmmaParams
-from cnnc.backends.cuda.mma_ring import Operand, Order
+from cnnc.backends.cuda.mma_params import BlockTile, MmaShape, TmaParams, WgmmaParams
+from cnnc.backends.cuda.mma_ring import Operand, Order, Sums
 from cnnc.backends.cuda.mma_tile import tile_product
 from cnnc.backends.cuda.operands import vector_of
+from cnnc.backends.cuda.tensor_maps import MappedBuffer, with_maps
+from cnnc.backends.cuda.tma_tile import BoxedOperand, boxed_product
 from cnnc.backends.cuda.wgmma_tile import warpgroup_product
 from cnnc.backends.lower import loops
 from cnnc.backends.lower.body import BoundBody
@@ -36,13 +38,14 @@ class Product:
 
     Columns lie in memory in blocks of `width`, an even number for tensor cores, which have pairs of neighbours.
     `index` gives the place in the output from row, block, and column in the block.  Where there are several products,
-    `rows` and `columns` are given which one, and the blocks of each follow one another.
+    `rows` and `columns` are given which one, and the blocks of each follow one another.  Operands come in boxes where
+    the tile says so.
     """
 
     body: BoundBody
     shape: MmaShape
-    rows: Callable[[Any], Operand]
-    columns: Callable[[Any], Operand]
+    rows: Callable[[Any], Operand | BoxedOperand]
+    columns: Callable[[Any], Operand | BoxedOperand]
     width: int
     index: Callable[[Any, Any, Any], Sequence[Any]]
 
@@ -60,18 +63,15 @@ def product_func(product: Product, tile: BlockTile | FfmaParams) -> Any:
     neighbours = vector_of(product.width, DType.F32) if isinstance(tile, FfmaParams) else 2
     parts = loops.buffer("parts", (tile.splits, product.blocks, shape.rows, product.width), scope="global")
 
+    maps: list[MappedBuffer] = []
+
     def block(thread: Any, across: Any, down: Any, number: Any) -> Any:
         batch, part = number // tile.splits, number % tile.splits
         first_row, first_column = across * tile.rows, down * tile.columns
-        left = _shifted(product.rows(batch), first_row)
-        right = _shifted(product.columns(batch), first_column)
         steps = _steps(math.ceil(shape.chunks / tile.depth), tile.splits, part)
-        if isinstance(tile, WgmmaParams):
-            sums = warpgroup_product(tile, shape.dtype, left, right, thread, steps)
-        elif isinstance(tile, FfmaParams):
-            sums = ffma_product(tile, left, right, thread, steps, neighbours)
-        else:
-            sums = tile_product(tile, shape.dtype, left, right, thread, steps)
+        operands = product.rows(batch), product.columns(batch)
+        maps.extend(operand.map for operand in operands if isinstance(operand, BoxedOperand))
+        sums = _sums(tile, shape.dtype, operands, (first_row, first_column), thread, steps, neighbours)
 
         def store(row: Any, column: Any, take: Callable[[Any], Any]) -> Any:
             row, column = first_row + row, first_column + column
@@ -92,7 +92,31 @@ def product_func(product: Product, tile: BlockTile | FfmaParams) -> Any:
     statement = launch(grid, tile.threads, block)
     if tile.splits > 1:
         statement = loops.sequence(loops.alloc(parts), statement, _add_up(product, output, parts, neighbours))
-    return loops.function([*product.body.inputs, output], statement)
+    return with_maps([*product.body.inputs, output], maps, statement)
+
+
+def _sums(
+    tile: BlockTile | FfmaParams,
+    dtype: DType,
+    operands: tuple[Operand | BoxedOperand, Operand | BoxedOperand],
+    first: tuple[Any, Any],
+    thread: Any,
+    steps: tuple[Any, Any],
+    neighbours: int,
+) -> Sums:
+    """Write the product of a tile from a row and a column on."""
+    left, right = operands
+    if isinstance(left, BoxedOperand) or isinstance(right, BoxedOperand):
+        assert isinstance(left, BoxedOperand)
+        assert isinstance(right, BoxedOperand)
+        assert isinstance(tile, TmaParams)
+        return boxed_product(tile, dtype, (left, right), first, thread, steps)
+    left, right = _shifted(left, first[0]), _shifted(right, first[1])
+    if isinstance(tile, WgmmaParams):
+        return warpgroup_product(tile, dtype, left, right, thread, steps)
+    if isinstance(tile, FfmaParams):
+        return ffma_product(tile, left, right, thread, steps, neighbours)
+    return tile_product(tile, dtype, left, right, thread, steps)
 
 
 _Place = tuple[Any, Any, Any]

@@ -100,6 +100,21 @@ class WgmmaParams:
         return self.stages * self.depth * (self.rows + self.columns) * CHUNK_BYTES
 
 
+@dataclass(frozen=True)
+class TmaParams(WgmmaParams):
+    """The same where one thread has whole boxes copied (TMA), and each stage has a barrier."""
+
+    @property
+    def barrier_chunks(self) -> int:
+        """The chunks of shared memory for barriers: one each."""
+        return self.stages
+
+    @property
+    def shared_bytes(self) -> int:
+        """The shared memory of a block."""
+        return super().shared_bytes + self.barrier_chunks * CHUNK_BYTES
+
+
 BlockTile = MmaParams | WgmmaParams
 
 Tile = TypeVar("Tile", bound=BlockTile | FfmaParams)
@@ -129,6 +144,8 @@ WGMMA_TILES = (
     WgmmaParams(64, 64, 1, 5),
 )
 """The same for groups of warps."""
+
+TMA_TILES = tuple(TmaParams(tile.rows, tile.columns, tile.groups, tile.stages) for tile in WGMMA_TILES)
 
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 
@@ -178,6 +195,13 @@ _WGMMA_COLUMNS_A_CYCLE = 2
 _WGMMA_CYCLES_OF_STEP = 60
 """From one stage to the next: warps of all groups wait for each other, and find out where the chunks are."""
 
+_TMA_CYCLES_OF_STEP = 30
+"""The same where they only wait, and one thread starts a few copies.  A guess, as is the next: not measured."""
+
+LINE_BYTES = 128
+_TMA_CYCLES_OF_LINE = 1
+"""For a multiprocessor's copies to go from one line of a box, or so many bytes of a longer one, to the next."""
+
 BYTES_A_CYCLE = 32
 """What a multiprocessor gets from the L2 cache."""
 
@@ -187,11 +211,12 @@ _LATENCY = 700
 _SCRATCH_BYTES_PER_SECOND = 2e12
 
 
-def seconds(shape: MmaShape, tile: BlockTile, target: Target) -> float:
+def seconds(shape: MmaShape, tile: BlockTile, target: Target, lines: int = 0) -> float:
     """Estimate a product: rounds of as many blocks as fit, each bound by tensor cores or by what it reads.
 
-    Nor is it done before memory has given all columns once; rows may be those of an image, which are read again from
-    near.  Parts of the depth cost writing and reading their sums, and a launch.
+    `lines` are those of a stage's boxes, where it is copied so.  Nor is it done before memory has given all columns
+    once; rows may be those of an image, which are read again from near.  Parts of the depth cost writing and reading
+    their sums, and a launch.
     """
     multiprocessors = MULTIPROCESSORS[target.arch]
     blocks = shape.blocks(tile) * tile.splits
@@ -199,6 +224,7 @@ def seconds(shape: MmaShape, tile: BlockTile, target: Target) -> float:
     here = min(at_once, math.ceil(blocks / multiprocessors))
     multiply = _wgmma_cycles(tile, here) if isinstance(tile, WgmmaParams) else _mma_cycles(tile, here, target)
     read = tile.depth * (tile.rows + tile.columns) * CHUNK_BYTES / BYTES_A_CYCLE
+    read = max(read, lines * _TMA_CYCLES_OF_LINE)
     cycles = shape.steps(tile) * max(multiply, read) * here + _LATENCY
     rounds = math.ceil(blocks / (multiprocessors * here))
     memory = shape.batches * shape.columns * shape.chunks * CHUNK_BYTES / GPUS[target.arch].bandwidth
@@ -221,7 +247,8 @@ def _mma_cycles(tile: MmaParams, here: int, target: Target) -> float:
 def _wgmma_cycles(tile: WgmmaParams, here: int) -> float:
     """Estimate the same where groups of warps multiply; while one goes from stage to stage, others go on."""
     products = tile.rows // GROUP_ROWS * (tile.depth // 2)
-    return products * tile.columns / _WGMMA_COLUMNS_A_CYCLE + _WGMMA_CYCLES_OF_STEP / (here * tile.groups)
+    step = _TMA_CYCLES_OF_STEP if isinstance(tile, TmaParams) else _WGMMA_CYCLES_OF_STEP
+    return products * tile.columns / _WGMMA_COLUMNS_A_CYCLE + step / (here * tile.groups)
 
 
 def resident(tile: BlockTile, target: Target) -> int:

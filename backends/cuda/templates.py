@@ -7,11 +7,13 @@ from cnnc.backends.cuda.attention_mma import AttentionMma
 from cnnc.backends.cuda.conv_first import ConvFirst
 from cnnc.backends.cuda.conv_gemm import ConvGemm
 from cnnc.backends.cuda.conv_mma import ConvMma
+from cnnc.backends.cuda.conv_tma import ConvTma
 from cnnc.backends.cuda.conv_wgmma import ConvWgmma
 from cnnc.backends.cuda.depthwise import Depthwise
 from cnnc.backends.cuda.generic import Generic
 from cnnc.backends.cuda.matmul_ffma import MatMulFfma
 from cnnc.backends.cuda.matmul_mma import MatMulMma
+from cnnc.backends.cuda.matmul_tma import MatMulTma
 from cnnc.backends.cuda.matmul_wgmma import MatMulWgmma
 from cnnc.backends.cuda.matvec import MatVec
 from cnnc.backends.cuda.pool import GlobalPool, Pool
@@ -23,10 +25,12 @@ from cnnc.errors import VerifyError
 TEMPLATES: tuple[Template, ...] = (
     ConvFirst(),
     ConvGemm(),
+    ConvTma(),
     ConvWgmma(),
     ConvMma(),
     Winograd(),
     Depthwise(),
+    MatMulTma(),
     MatMulWgmma(),
     MatMulMma(),
     MatMulFfma(),

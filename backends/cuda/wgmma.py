@@ -2,8 +2,8 @@
 
 Both operands are in shared memory, in stages that begin at multiples of 1024 bytes, where a descriptor says how they
 lie: rows of 128 bytes whose chunks of 16 change places by the row's number (bits 4 to 6 of an address xor bits 7 to
-9).  Rows are of neighbours in depth, or ACROSS it.  PTX ISA, "Asynchronous warpgroup level matrix multiply-accumulate
-operation"; the emulation has functions of the same names.
+9), of neighbours in depth, or ACROSS it; or matrices of eight rows of a chunk, without a swizzle.  PTX ISA,
+"Asynchronous warpgroup level matrix multiply-accumulate operation"; the emulation has functions of the same names.
 """
 
 from __future__ import annotations
@@ -29,6 +29,12 @@ DESCRIPTOR = f"{PREFIX}descriptor"
 
 `stride` is the bytes from 8 lines of 128 bytes to the next 8; of operands ACROSS, `leading` those from 64 rows to the
 next 64.
+"""
+
+DESCRIPTOR_OF_MATRICES = f"{PREFIX}descriptor_of_matrices"
+"""(shared, leading, stride): describe an operand without a swizzle, as matrices of eight rows of a chunk each.
+
+`leading` is the bytes from one chunk of depth to the next, `stride` those from eight rows to the next eight.
 """
 
 PUBLISH = f"{PREFIX}publish"
@@ -107,9 +113,12 @@ template <int GROUPS, int SUMS> static __device__ __forceinline__ void {PREFIX}w
 {_keep("SUMS")}\
 }}
 #endif
-static __device__ __forceinline__ unsigned long long {DESCRIPTOR}(const void *shared, int leading, int stride) {{
+static __device__ __forceinline__ unsigned long long {DESCRIPTOR_OF_MATRICES}(const void *shared, int leading,
+                                                                               int stride) {{
   unsigned low = ({tensor_cores.PREFIX}shared(shared) & 0x3ffffu) >> 4 | unsigned(leading) >> 4 << 16;
-  unsigned high = unsigned(stride) >> 4 | 1u << 30; /* swizzled over 128 bytes */
-  return (unsigned long long)(high) << 32 | low;
+  return (unsigned long long)(unsigned(stride) >> 4) << 32 | low;
+}}
+static __device__ __forceinline__ unsigned long long {DESCRIPTOR}(const void *shared, int leading, int stride) {{
+  return {DESCRIPTOR_OF_MATRICES}(shared, leading, stride) | 1ull << 62; /* swizzled over 128 bytes */
 }}
 """

@@ -7,13 +7,13 @@ from typing import Protocol
 
 from llvmlite import ir
 
-from cnnc.backends.host.device import MODULE_ALIGNMENT, DeviceCode, DeviceLaunch
+from cnnc.backends.host.device import MODULE_ALIGNMENT, DeviceCode, DeviceLaunch, TensorMap
 from cnnc.backends.host.program import Slot, Variant
 
 MODULES_SYMBOL = "cnnc_rt_modules"
 """All modules one after the other, each aligned; an object of its own."""
 
-SPACES = ("input", "output", "weights", "arena", "scratch", "status")
+SPACES = ("input", "output", "weights", "arena", "scratch", "status", "map")
 """Memory by its number in `cnnc_rt_space`."""
 
 _I32 = ir.IntType(32)
@@ -21,7 +21,25 @@ _I64 = ir.IntType(64)
 _PTR = ir.PointerType()
 _SIZES = ir.ArrayType(_I32, 3)
 _ARGUMENT = ir.LiteralStructType([_I64, _I32])
+_MOST_AXES = 5
+_MAP = ir.LiteralStructType(
+    [
+        _ARGUMENT,
+        ir.ArrayType(_I64, _MOST_AXES),
+        ir.ArrayType(_I64, _MOST_AXES - 1),
+        *[ir.ArrayType(_I32, _MOST_AXES)] * 2,
+        *[ir.ArrayType(_I32, _MOST_AXES - 2)] * 2,
+        *[_I32] * 4,
+    ]
+)
 _LAUNCH = ir.LiteralStructType([_PTR, _PTR, _I32, _I32, _I32, _I32, _SIZES, _SIZES, _I32])
+
+
+_MAP_TYPES = {"f16": 6, "bf16": 9, "u64": 4}
+"""CUtensorMapDataType."""
+
+_SWIZZLE_128 = 3
+"""Of CUtensorMapSwizzle."""
 
 
 class Tables(Protocol):
@@ -43,20 +61,24 @@ def describe_device(tables: Tables, device: DeviceCode, variants: Sequence[Varia
     launches: list[ir.Constant] = []
     first_launches = [0]
     argument_count = 0
+    maps: list[ir.Constant] = []
     for variant in variants:
         for number, call in enumerate(variant.calls):
             for launch in call.launches:
-                launches.append(_launch(tables, launch, number, argument_count))
+                launches.append(_launch(tables, launch, number, argument_count, len(maps)))
                 argument_count += len(launch.args)
+                maps += [_map(slot, described) for slot, described in launch.maps]
         first_launches.append(len(launches))
     major, minor = device.capability
     fields: list[ir.Constant] = [
         tables.array(_PTR, _modules(tables.module, device), "modules"),
         tables.array(_LAUNCH, launches, "launches"),
         tables.array(_I32, [_I32(number) for number in first_launches], "first_launches"),
+        tables.array(_MAP, maps, "maps"),
         _I32(len(device.modules)),
         _I32(len(launches)),
         _I32(argument_count),
+        _I32(len(maps)),
         _I32(major),
         _I32(minor),
         _I32(int(device.portable)),
@@ -83,8 +105,9 @@ def _modules(module: ir.Module, device: DeviceCode) -> list[ir.Constant]:
     return starts
 
 
-def _launch(tables: Tables, launch: DeviceLaunch, call: int, first_argument: int) -> ir.Constant:
-    arguments = [_argument(slot) for slot in launch.args]
+def _launch(tables: Tables, launch: DeviceLaunch, call: int, first_argument: int, first_map: int) -> ir.Constant:
+    """Describe a launch, whose maps are counted from the first one on."""
+    arguments = [_argument(slot, first_map if slot.space == "map" else 0) for slot in launch.args]
     fields = [
         tables.text(launch.function),
         tables.array(_ARGUMENT, arguments, "arguments"),
@@ -99,5 +122,28 @@ def _launch(tables: Tables, launch: DeviceLaunch, call: int, first_argument: int
     return ir.Constant(_LAUNCH, fields)
 
 
-def _argument(slot: Slot) -> ir.Constant:
-    return ir.Constant(_ARGUMENT, [_I64(slot.offset), _I32(SPACES.index(slot.space))])
+def _argument(slot: Slot, first: int = 0) -> ir.Constant:
+    return ir.Constant(_ARGUMENT, [_I64(first + slot.offset), _I32(SPACES.index(slot.space))])
+
+
+def _map(slot: Slot, described: TensorMap) -> ir.Constant:
+    rank = len(described.shape)
+    fields = [
+        _argument(slot),
+        _padded(_I64, described.shape, _MOST_AXES),
+        _padded(_I64, described.strides, _MOST_AXES - 1),
+        _padded(_I32, described.box, _MOST_AXES),
+        _padded(_I32, described.steps or (1,) * rank, _MOST_AXES),
+        _padded(_I32, described.lower, _MOST_AXES - 2),
+        _padded(_I32, described.upper, _MOST_AXES - 2),
+        _I32(_MAP_TYPES[described.dtype]),
+        _I32(rank),
+        _I32(_SWIZZLE_128 if described.swizzled else 0),
+        _I32(int(described.is_im2col)),
+    ]
+    return ir.Constant(_MAP, fields)
+
+
+def _padded(element: ir.Type, numbers: Sequence[int], count: int) -> ir.Constant:
+    """Give an array of so many numbers, with zeros after those there are."""
+    return ir.Constant(ir.ArrayType(element, count), [element(n) for n in (*numbers, *[0] * (count - len(numbers)))])

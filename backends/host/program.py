@@ -13,7 +13,7 @@ from typing import Literal
 from cnnc.backends.host.device import DeviceCode, DeviceLaunch
 from cnnc.errors import LimitError, VerifyError
 
-Space = Literal["input", "output", "weights", "arena", "scratch", "status"]
+Space = Literal["input", "output", "weights", "arena", "scratch", "status", "map"]
 
 # dtype name -> (number in the C interface, bytes of one element)
 DTYPES: dict[str, tuple[int, int]] = {
@@ -234,8 +234,15 @@ def _check_launch(program: Program, where: str, launch: DeviceLaunch) -> None:
         raise VerifyError(f"{where}: launch {launch.function!r}: there is no module {launch.module}")
     if min(*launch.grid, *launch.block) < 1 or launch.shared_bytes < 0:
         raise VerifyError(f"{where}: launch {launch.function!r}: {launch.grid} blocks of {launch.block} threads")
-    for slot in launch.args:
+    for slot, described in launch.maps:
         _check_slot(program, where, slot)
+        if not described.is_possible:
+            raise VerifyError(f"{where}: launch {launch.function!r}: no driver makes {described}")
+    for slot in launch.args:
+        if slot.space != "map":
+            _check_slot(program, where, slot)
+        elif not 0 <= slot.offset < len(launch.maps):
+            raise VerifyError(f"{where}: launch {launch.function!r}: there is no map {slot.offset}")
 
 
 def _check_port(program: Program, port: Port) -> None:

@@ -13,14 +13,30 @@ enum cnnc_rt_space {
   CNNC_RT_SPACE_WEIGHTS,
   CNNC_RT_SPACE_ARENA,
   CNNC_RT_SPACE_SCRATCH,
-  CNNC_RT_SPACE_STATUS
+  CNNC_RT_SPACE_STATUS,
+  CNNC_RT_SPACE_MAP
 };
 
-/* `offset` is the index for inputs and outputs, else bytes from the start of that memory. */
+/* `offset` is the index for inputs and outputs, the number of a tensor map, else bytes from the start of that memory. */
 typedef struct cnnc_rt_argument {
   uint64_t offset;
   int32_t space;
 } cnnc_rt_argument;
+
+/* A tensor that copies of boxes find their way in (`TensorMap` in device.py); axes from the innermost. */
+typedef struct cnnc_rt_map {
+  cnnc_rt_argument tensor;
+  uint64_t shape[5];
+  uint64_t strides[4];
+  uint32_t box[5]; /* channels and pixels with `is_im2col` */
+  uint32_t steps[5];
+  int32_t lower[3];
+  int32_t upper[3];
+  int32_t type;    /* CUtensorMapDataType */
+  int32_t rank;
+  int32_t swizzle; /* CUtensorMapSwizzle */
+  int32_t is_im2col;
+} cnnc_rt_map;
 
 typedef struct cnnc_rt_launch {
   const char *function;
@@ -38,9 +54,11 @@ typedef struct cnnc_rt_device {
   const char *const *modules;     /* fat binaries */
   const cnnc_rt_launch *launches; /* of all variants, one after the other */
   const int32_t *first_launches;  /* of each variant, and the end */
+  const cnnc_rt_map *maps;        /* of all launches */
   int32_t module_count;
   int32_t launch_count;
   int32_t argument_count; /* of all launches together */
+  int32_t map_count;
   int32_t major;          /* the compute capability the machine code is for: 9 and 0 for sm_90 */
   int32_t minor;
   int32_t portable;       /* not 0 if there is PTX too, which the driver compiles for GPUs of higher capabilities;
@@ -50,6 +68,9 @@ typedef struct cnnc_rt_device {
 extern const cnnc_rt_device cnnc_rt_the_device;
 
 typedef uint64_t cu_pointer;
+typedef struct cu_tensor_map {
+  _Alignas(64) uint64_t opaque[16];
+} cu_tensor_map;
 typedef struct cu_context *cu_context;
 typedef struct cu_module *cu_module;
 typedef struct cu_function *cu_function;
@@ -74,7 +95,10 @@ enum {
   CU_MAX_DYNAMIC_SHARED_BYTES = 8, /* CUfunction_attribute */
   CU_STREAM_NON_BLOCKING = 1,
   CU_EVENT_DISABLE_TIMING = 2,
-  CU_CAPTURE_RELAXED = 2 /* CUstreamCaptureMode: what the driver does by itself meanwhile is no mistake */
+  CU_CAPTURE_RELAXED = 2, /* CUstreamCaptureMode: what the driver does by itself meanwhile is no mistake */
+  CU_NOT_INTERLEAVED = 0,  /* CUtensorMapInterleave */
+  CU_L2_PROMOTION_128 = 2, /* CUtensorMapL2promotion: whole lines of the cache */
+  CU_ZERO_FILL = 0         /* CUtensorMapFloatOOBfill */
 };
 
 /* name of the field, symbol in libcuda.so.1, parameters */
@@ -117,9 +141,20 @@ enum {
     (cu_function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y, \
      unsigned block_z, unsigned shared_bytes, cu_stream stream, void **arguments, void **extra))
 
+/* What only models with tensor maps need, since CUDA 12.0. */
+#define CNNC_RT_CUDA_MAP_FUNCTIONS(F) \
+  F(map_encode_tiled, "cuTensorMapEncodeTiled", \
+    (cu_tensor_map *map, int type, uint32_t rank, void *address, const uint64_t *shape, const uint64_t *strides, \
+     const uint32_t *box, const uint32_t *steps, int interleave, int swizzle, int promotion, int fill)) \
+  F(map_encode_im2col, "cuTensorMapEncodeIm2col", \
+    (cu_tensor_map *map, int type, uint32_t rank, void *address, const uint64_t *shape, const uint64_t *strides, \
+     const int *lower, const int *upper, uint32_t channels, uint32_t pixels, const uint32_t *steps, int interleave, \
+     int swizzle, int promotion, int fill))
+
 typedef struct cnnc_rt_cuda {
 #define FIELD(name, symbol, parameters) int(*name) parameters;
   CNNC_RT_CUDA_FUNCTIONS(FIELD)
+  CNNC_RT_CUDA_MAP_FUNCTIONS(FIELD)
 #undef FIELD
 } cnnc_rt_cuda;
 

@@ -83,12 +83,36 @@ static cu_pointer place_of(const cnnc_rt_state *state, const cnnc_rt_argument *a
   }
 }
 
+/* Memory stays where it is, so that maps of it are made once, and captured with the launches. */
+static int encode_maps(cnnc_rt_state *state) {
+  const cnnc_rt_cuda *cuda = state->cuda;
+  for (int i = 0; i < DEVICE.map_count; i++) {
+    const cnnc_rt_map *m = &DEVICE.maps[i];
+    const uint32_t rank = (uint32_t)m->rank;
+    void *address = (void *)(uintptr_t)place_of(state, &m->tensor);
+    if (m->is_im2col) {
+      CNNC_RT_TRY(cuda->map_encode_im2col(&state->maps[i], m->type, rank, address, m->shape, m->strides, m->lower,
+                                          m->upper, m->box[0], m->box[1], m->steps, CU_NOT_INTERLEAVED, m->swizzle,
+                                          CU_L2_PROMOTION_128, CU_ZERO_FILL));
+    } else {
+      CNNC_RT_TRY(cuda->map_encode_tiled(&state->maps[i], m->type, rank, address, m->shape, m->strides, m->box,
+                                         m->steps, CU_NOT_INTERLEAVED, m->swizzle, CU_L2_PROMOTION_128, CU_ZERO_FILL));
+    }
+  }
+  return CNNC_RT_OK;
+}
+
 static void bind_arguments(cnnc_rt_state *state) {
   for (int i = 0; i < DEVICE.launch_count; i++) {
     const cnnc_rt_launch *launch = &DEVICE.launches[i];
     for (int j = 0; j < launch->argument_count; j++) {
       const int at = launch->first_argument + j;
-      state->values[at] = place_of(state, &launch->arguments[j]);
+      const cnnc_rt_argument *argument = &launch->arguments[j];
+      if (argument->space == CNNC_RT_SPACE_MAP) {
+        state->arguments[at] = &state->maps[argument->offset];
+        continue;
+      }
+      state->values[at] = place_of(state, argument);
       state->arguments[at] = &state->values[at];
     }
   }
@@ -139,6 +163,10 @@ static int fill_on_gpu(cnnc_rt_state *state) {
   if (code != CNNC_RT_OK) {
     return code;
   }
+  code = encode_maps(state);
+  if (code != CNNC_RT_OK) {
+    return code;
+  }
   bind_arguments(state);
   CNNC_RT_TRY(cuda->stream_create(&state->stream, CU_STREAM_NON_BLOCKING));
   CNNC_RT_TRY(cuda->event_create(&state->done, CU_EVENT_DISABLE_TIMING));
@@ -161,7 +189,8 @@ static int fill(cnnc_rt_state *state) {
   state->values = calloc((size_t)DEVICE.argument_count + 1, sizeof *state->values);
   state->arguments = calloc((size_t)DEVICE.argument_count + 1, sizeof *state->arguments);
   state->graphs = calloc((size_t)MODEL.variant_count, sizeof *state->graphs);
-  if (!state->inputs || !state->outputs || !state->values || !state->arguments || !state->graphs) {
+  state->maps = aligned_alloc(_Alignof(cu_tensor_map), ((size_t)DEVICE.map_count + 1) * sizeof *state->maps);
+  if (!state->inputs || !state->outputs || !state->values || !state->arguments || !state->graphs || !state->maps) {
     return CNNC_RT_ERROR_MEMORY;
   }
   CNNC_RT_TRY(state->cuda->context_push(state->shared->context));
@@ -236,6 +265,7 @@ void cnnc_rt_state_destroy(cnnc_rt_context *context) {
   free(state->outputs);
   free(state->values);
   free(state->arguments);
+  free(state->maps);
   free(state->graphs);
   free(state->clocks);
   free(state);

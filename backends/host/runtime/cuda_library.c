@@ -15,29 +15,42 @@ typedef struct entry {
 static const entry entries[] = {
 #define ENTRY(name, symbol, parameters) {symbol, offsetof(cnnc_rt_cuda, name)},
     CNNC_RT_CUDA_FUNCTIONS(ENTRY)
-#undef ENTRY
 };
+
+static const entry map_entries[] = {CNNC_RT_CUDA_MAP_FUNCTIONS(ENTRY)};
+#undef ENTRY
+
+#define COUNT(array) (sizeof array / sizeof array[0])
 
 static cnnc_rt_cuda cuda;
 static bool loaded;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-/* A library without one of the functions is a driver too old for graphs; it stays loaded, as drivers cannot unload. */
+static int find_all(void *library, const entry *wanted, size_t count) {
+  for (size_t i = 0; i < count; i++) {
+    void *function = dlsym(library, wanted[i].symbol);
+    if (function == NULL) {
+      return CNNC_RT_ERROR_DRIVER;
+    }
+    /* ISO C has no cast from an object's pointer to a function's. */
+    memcpy((char *)&cuda + wanted[i].offset, &function, sizeof function);
+  }
+  return CNNC_RT_OK;
+}
+
+/* A library without one of the functions is a driver too old for graphs, or for tensor maps where there are any; it
+ * stays loaded, as drivers cannot unload. */
 static int load(void) {
   void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (library == NULL) {
     return CNNC_RT_ERROR_DRIVER;
   }
-  for (size_t i = 0; i < sizeof entries / sizeof entries[0]; i++) {
-    void *function = dlsym(library, entries[i].symbol);
-    if (function == NULL) {
-      return CNNC_RT_ERROR_DRIVER;
-    }
-    /* ISO C has no cast from an object's pointer to a function's. */
-    memcpy((char *)&cuda + entries[i].offset, &function, sizeof function);
+  int code = find_all(library, entries, COUNT(entries));
+  if (code == CNNC_RT_OK && cnnc_rt_the_device.map_count > 0) {
+    code = find_all(library, map_entries, COUNT(map_entries));
   }
-  loaded = true;
-  return CNNC_RT_OK;
+  loaded = code == CNNC_RT_OK;
+  return code;
 }
 
 int cnnc_rt_cuda_load(const cnnc_rt_cuda **out) {

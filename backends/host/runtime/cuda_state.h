@@ -18,6 +18,7 @@ struct cnnc_rt_state {
   cu_graph_exec *graphs; /* of each variant */
   cu_pointer *values;    /* the arguments of all launches, one after the other ... */
   void **arguments;      /* ... and where they are, as the driver wants it */
+  cu_tensor_map *maps;   /* those that are arguments themselves */
   cu_event *clocks;      /* before the first launch and after each, made when profiling is first switched on */
 };
 

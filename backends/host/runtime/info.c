@@ -82,7 +82,8 @@ const char *cnnc_rt_error_text(int code) {
     case CNNC_RT_ERROR_START_THREAD:
       return "a thread cannot be started: ask for fewer threads, or raise the limit on processes";
     case CNNC_RT_ERROR_DRIVER:
-      return "no CUDA driver: libcuda.so.1 cannot be loaded, or is older than CUDA 11.4; install NVIDIA's driver";
+      return "no CUDA driver: libcuda.so.1 cannot be loaded, or is older than CUDA 11.4 (12.0 for sm_90a); "
+             "install NVIDIA's driver";
     case CNNC_RT_ERROR_NO_GPU:
       return "no CUDA device: the driver is there but shows no GPU (is CUDA_VISIBLE_DEVICES set?)";
     case CNNC_RT_ERROR_GPU_MEMORY:

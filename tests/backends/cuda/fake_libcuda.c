@@ -9,6 +9,8 @@
  * (the function's calls end in error 2 after 1 that succeed).  With "report=1" it tells, when the process ends, how many
  * launches ran and what was never freed. */
 #define _GNU_SOURCE
+#include "emulation/tensor_map.h"
+
 #include <dlfcn.h>
 #include <pthread.h>
 #include <stdint.h>
@@ -27,6 +29,7 @@ typedef const char *emulated(const unsigned *grid, const unsigned *block, unsign
 typedef struct function {
   emulated *run;
   unsigned argument_count;
+  const unsigned *argument_bytes;
   struct function *next;
 } function;
 
@@ -35,13 +38,19 @@ typedef struct module {
   function *functions;
 } module;
 
+enum { MOST_ARGUMENTS = 64 };
+
+typedef struct argument {
+  _Alignas(MAP_ALIGNMENT) char bytes[MAP_BYTES];
+} argument;
+
 enum kind { LAUNCH, SET_WORDS, COPY, RECORD, WAIT, GRAPH };
 
 typedef struct operation {
   enum kind kind;
   function *what;
   unsigned grid[3], block[3], shared;
-  uint64_t values[64];
+  argument *values;
   void *to;
   const void *from;
   size_t bytes;
@@ -250,7 +259,9 @@ int cuModuleGetFunction(function **out, module *module, const char *name) {
   *(void **)(&made->run) = dlsym(module->library, symbol);
   snprintf(symbol, sizeof symbol, "cnnc_arguments_%s", name);
   const unsigned *count = dlsym(module->library, symbol);
-  if (made->run == NULL || count == NULL) {
+  snprintf(symbol, sizeof symbol, "cnnc_argument_bytes_%s", name);
+  made->argument_bytes = dlsym(module->library, symbol);
+  if (made->run == NULL || count == NULL || made->argument_bytes == NULL) {
     free(made);
     return NOT_FOUND;
   }
@@ -341,10 +352,22 @@ static void empty(list *of) {
 static int run_list(list *of);
 static int run_until(list *stream, event *event, int ticket);
 
+/* Whether an argument is a pointer into an allocation, or a map of what is inside one. */
+static int is_valid(const argument *value, unsigned bytes) {
+  uint64_t pointer;
+  tensor_map map;
+  if (bytes == sizeof pointer) {
+    memcpy(&pointer, value, sizeof pointer);
+    return inside(pointer, 0);
+  }
+  memcpy(&map, value, sizeof map);
+  return bytes == MAP_BYTES && map.magic == MAP_MAGIC && inside(map.address, map_extent(&map));
+}
+
 static int run_launch(operation *o) {
-  void *arguments[64];
+  void *arguments[MOST_ARGUMENTS];
   for (unsigned i = 0; i < o->what->argument_count; i++) {
-    if (!inside(o->values[i], 0)) {
+    if (!is_valid(&o->values[i], o->what->argument_bytes[i])) {
       fprintf(stderr, "fake CUDA: argument %u of a launch is in no allocation\n", i);
       return 700;
     }
@@ -498,11 +521,13 @@ int cuLaunchKernel(function *function, unsigned grid_x, unsigned grid_y, unsigne
   const unsigned grid[3] = {grid_x, grid_y, grid_z}, block[3] = {block_x, block_y, block_z};
   memcpy(what.grid, grid, sizeof grid);
   memcpy(what.block, block, sizeof block);
-  if (extra != NULL || function->argument_count > 64 || grid_y > 65535 || grid_z > 65535) {
+  if (extra != NULL || function->argument_count > MOST_ARGUMENTS || grid_y > 65535 || grid_z > 65535) {
     return INVALID_VALUE;
   }
+  /* Kept until the process ends, as graphs share them with the streams they were captured in. */
+  what.values = aligned_alloc(MAP_ALIGNMENT, (function->argument_count + 1) * sizeof *what.values);
   for (unsigned i = 0; i < function->argument_count; i++) {
-    memcpy(&what.values[i], arguments[i], sizeof what.values[i]);
+    memcpy(&what.values[i], arguments[i], function->argument_bytes[i]);
   }
   return append(stream, &what);
 }
@@ -571,6 +596,22 @@ int cuEventElapsedTime(float *milliseconds, event *start, event *end) {
   }
   *milliseconds = (float)(end->launches - start->launches);
   return OK;
+}
+
+int cuTensorMapEncodeTiled(void *map, int type, unsigned rank, void *address, const uint64_t *shape,
+                           const uint64_t *strides, const uint32_t *box, const uint32_t *steps, int interleave,
+                           int swizzle, int promotion, int fill) {
+  BEGIN_IN_CONTEXT();
+  return map_encode_tiled(map, type, rank, address, shape, strides, box, steps, interleave, swizzle, promotion, fill);
+}
+
+int cuTensorMapEncodeIm2col(void *map, int type, unsigned rank, void *address, const uint64_t *shape,
+                            const uint64_t *strides, const int *lower, const int *upper, unsigned channels,
+                            unsigned pixels, const uint32_t *steps, int interleave, int swizzle, int promotion,
+                            int fill) {
+  BEGIN_IN_CONTEXT();
+  return map_encode_im2col(map, type, rank, address, shape, strides, lower, upper, channels, pixels, steps, interleave,
+                           swizzle, promotion, fill);
 }
 
 __attribute__((destructor)) static void report(void) {

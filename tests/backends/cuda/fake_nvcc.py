@@ -22,7 +22,7 @@ _IN_DYNAMIC = r"\2 *\3 = reinterpret_cast<\2 *>(cnnc_emulation::dynamic_shared(\
 def emulated(texts: Sequence[str]) -> str:
     """Give CUDA sources as one C++ file, one prelude for all, and a door to each function."""
     headers = ["#include <cuda_fp16.h>\n", "#include <cuda_bf16.h>\n"]
-    headers += ['#include "tensor_cores.h"\n', '#include "wgmma.h"\n']
+    headers += [f'#include "{name}.h"\n' for name in ("tensor_cores", "wgmma", "tma")]
     start = 'extern "C" __global__'
     # Each has what its kernel needs: the longest will do for all.
     prelude = max((text[: text.index(start)] for text in texts if text), key=len, default="")

@@ -293,7 +293,7 @@ def test_a_second_context_may_find_no_memory(user: Path, fake_gpu: FakeGpu) -> N
 
 
 FUNCTIONS = re.findall(r'"(cu[A-Z]\w+)"', (Path(cnnc.backends.__path__[0]) / "host/runtime/cuda.h").read_text())
-CLEANUP = re.compile("Destroy|Free|Unload|Release|Push|Pop|ErrorString|SetAttribute|EventSynchronize")
+CLEANUP = re.compile("Destroy|Free|Unload|Release|Push|Pop|ErrorString|SetAttribute|EventSynchronize|TensorMap")
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])

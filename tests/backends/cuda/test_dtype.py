@@ -72,19 +72,97 @@ def shallow(x: Tensor) -> Tensor:
     return x >> conv(72, 3, pad=1, name="conv1") >> relu >> flatten >> linear(10, name="fc")
 
 
-def test_layers_of_warp_groups(fake_gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the one architecture that has them, where small layers are theirs if `mma` takes ever so long."""
+@pytest.fixture
+def for_warp_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Have small layers be for groups of warps, as `mma` takes ever so long; nothing of that is remembered."""
+    monkeypatch.setenv("CNNC_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setitem(mma_params.CYCLES_OF_MMA, "sm_90a", 10_000)
+    return monkeypatch
+
+
+@pytest.fixture
+def in_boxes(for_warp_groups: pytest.MonkeyPatch) -> None:
+    """Have all that groups of warps multiply be copied in boxes, as chunks take ever so long."""
+    for_warp_groups.setattr(mma_params, "_WGMMA_CYCLES_OF_STEP", 10_000)
+
+
+@pytest.mark.parametrize(
+    ("template", "slow"), [("conv_wgmma", "_TMA_CYCLES_OF_STEP"), ("conv_tma", "_WGMMA_CYCLES_OF_STEP")]
+)
+def test_layers_of_warp_groups(
+    template: str, slow: str, fake_gpu: FakeGpu, tmp_path: Path, for_warp_groups: pytest.MonkeyPatch
+) -> None:
+    """On the one architecture that has them, copied in chunks or in boxes, whichever is not ever so slow."""
+    for_warp_groups.setattr(mma_params, slow, 10_000)
     net = shallow(batch=2).init(seed=3)
     module = cnnc.compile(net, target="cuda:sm_90a", dtype="f16")
     assert module.build is not None
-    convolutions = [call for call in module.build.program.calls if call.algorithm == "conv_wgmma"]
+    convolutions = [call for call in module.build.program.calls if call.algorithm == template]
     assert [call.layers[0].partition(" ")[0] for call in convolutions] == ["conv1"]
     check_graph(net.graph(), fake_gpu, tmp_path, "f16", BOUND["f16"], "cuda:sm_90a")
     for capability in (95, 100):
         with pytest.raises(AssertionError, match="the model was compiled for another GPU"):
             fake_gpu.run(tmp_path / "net.so", feeds_of(net.graph(), 3), f"capability={capability}")
     assert "of compute capability 9.0\n * and no other." in emit_header(module.build.program)
+
+
+@pytest.mark.usefixtures("in_boxes")
+def test_a_small_resnet_in_boxes(fake_gpu: FakeGpu, tmp_path: Path) -> None:
+    """Strides, windows of 3 and 1, residuals: all but the first of the convolutions."""
+    net = small_resnet(batch=2).init(seed=4)
+    module = cnnc.compile(net, target="cuda:sm_90a", dtype="f16")
+    assert module.build is not None
+    assert [call.algorithm for call in module.build.program.calls].count("conv_tma") == 9
+    check_graph(net.graph(), fake_gpu, tmp_path, "f16", BOUND["f16"], "cuda:sm_90a")
+
+
+@network(x=(16, 3, 3))
+def layer_and_product(x: Tensor) -> Tensor:
+    """A convolution, then a layer of so many rows that it is a product of matrices."""
+    return x >> conv(24, 3, pad=1, name="conv1") >> relu >> flatten >> linear(256, name="fc")
+
+
+@pytest.fixture
+def boxes(tmp_path: Path, in_boxes: None) -> tuple[Path, Graph]:
+    """A model for two batch sizes, of which each kernel has maps of its own, in the arena and the weights."""
+    net = layer_and_product(batch=48).init(seed=1)
+    module = cnnc.compile(net, target="cuda:sm_90a", dtype="f16", batch=(48, 40))
+    assert module.build is not None
+    variants = module.build.program.variants
+    assert [[c.algorithm for c in v.calls if c.algorithm.endswith("_tma")] for v in variants] == [
+        ["conv_tma", "matmul_tma"]
+    ] * 2
+    launches = [launch for v in variants for c in v.calls for launch in c.launches if launch.maps]
+    assert {slot.space for launch in launches for slot, _ in launch.maps} == {"arena", "weights"}
+    module.save(tmp_path / "net.so")
+    return tmp_path / "net.so", net.graph()
+
+
+def test_maps_of_several_batch_sizes(boxes: tuple[Path, Graph], fake_gpu: FakeGpu) -> None:
+    library, graph = boxes
+    feeds = feeds_of(graph, 2)
+    for batch in (48, 40):
+        part = {name: array[:batch] for name, array in feeds.items()}
+        (result,) = fake_gpu.run(library, part, runs=2)[0].values()
+        (wanted,) = evaluate(graph, feeds, precise=True).values()
+        assert relative_error(result, wanted[:batch]) <= BOUND["f16"]
+
+
+@pytest.mark.parametrize("function", ["cuTensorMapEncodeTiled", "cuTensorMapEncodeIm2col"])
+def test_a_driver_that_makes_no_maps(
+    function: str, boxes: tuple[Path, Graph], fake_gpu: FakeGpu, tmp_path: Path
+) -> None:
+    """It says so: where it refuses one, and where it is older than they are.  Others do without."""
+    library, graph = boxes
+    for calls in range(2):
+        with pytest.raises(AssertionError, match=r"the GPU or its driver failed: .* \(CUDA error 1\)"):
+            fake_gpu.run(library, feeds_of(graph, 2), f"fail={function}:1:{calls}")
+    old = FakeGpu.build(tmp_path, without=function)
+    with pytest.raises(AssertionError, match=r"no CUDA driver: .* older than CUDA 11.4 \(12.0 for sm_90a\)"):
+        old.run(library, feeds_of(graph, 2))
+    plain = load_network(LENET).init(seed=2).graph()
+    cnnc.compile(plain, target="cuda:sm_90a").save(tmp_path / "plain.so")
+    old.run(tmp_path / "plain.so", feeds_of(plain, 2))
 
 
 @pytest.mark.parametrize("level", [0, 2])

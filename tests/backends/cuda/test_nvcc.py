@@ -179,8 +179,9 @@ def test_resnet50_is_on_tensor_cores_and_in_registers(arch: str, batch: int, dty
     lowered = lower(load_graphs(f"{ROOT / 'examples/resnet.py'}:resnet50", options), options, Report())
     kernels = [node.op for node in lowered.graphs[0].nodes if isinstance(node.op, Fused)]
     templates = Counter(k.schedule.template for k in kernels if k.anchor == "conv" and k.schedule)
-    assert templates["conv_mma"] + templates["conv_wgmma"] == templates.total() == 53
-    assert (templates["conv_wgmma"] > 26) == (arch == "sm_90a" and dtype == "f16")
+    in_groups = templates["conv_wgmma"] + templates["conv_tma"]
+    assert templates["conv_mma"] + in_groups == templates.total() == 53
+    assert (in_groups > 26) == (templates["conv_tma"] > 0) == (arch == "sm_90a" and dtype == "f16")
     for kernel in {print_graph(anonymous(k.body)): k for k in kernels}.values():
         done = compiled(kernel_job("hot", kernel, lowered.target).make(), lowered.target)
         assert all(u.stack_bytes == u.spill_bytes == 0 for u in done.usage), kernel

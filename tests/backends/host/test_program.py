@@ -13,7 +13,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from cnnc.backends.host.device import DeviceCode
+from cnnc.backends.host.device import DeviceCode, DeviceLaunch, TensorMap
 from cnnc.backends.host.driver import SUFFIXES, driver_ir, emit_driver, exported_symbols
 from cnnc.backends.host.header import emit_header
 from cnnc.backends.host.program import (
@@ -55,6 +55,30 @@ from cnnc.errors import LimitError, VerifyError
 def test_impossible_programs(small: Any, change: dict[str, Any], message: str) -> None:
     with pytest.raises(VerifyError, match=message):
         replace(small.program, **change)
+
+
+_MAP = TensorMap("f16", (64, 3), (128,), (64, 8), swizzled=True)
+_LAUNCH = DeviceLaunch(0, "f", (Slot("map", 0),), (1, 1, 1), (32, 1, 1), maps=((Slot("arena", 0), _MAP),))
+
+
+@pytest.mark.parametrize(
+    ("launch", "message"),
+    [
+        (replace(_LAUNCH, module=1), "there is no module 1"),
+        (replace(_LAUNCH, grid=(0, 1, 1)), "blocks of"),
+        (replace(_LAUNCH, args=(Slot("map", 1),)), "there is no map 1"),
+        (replace(_LAUNCH, maps=((Slot("arena", 1024), _MAP),)), "arena 1024 is outside of 960"),
+        (replace(_LAUNCH, maps=((Slot("arena", 0), replace(_MAP, strides=(120,))),)), "no driver makes TensorMap"),
+    ],
+)
+def test_impossible_launches(small: Any, launch: DeviceLaunch, message: str) -> None:
+    def program(launch: DeviceLaunch) -> Program:
+        calls = (KernelCall("k", (), launches=(launch,)),)
+        return cast(Program, replace(small.program, calls=calls, device=DeviceCode("sm_90a", (b"code",))))
+
+    assert program(_LAUNCH).device is not None
+    with pytest.raises(VerifyError, match=message):
+        program(launch)
 
 
 def test_too_many_weights() -> None:

@@ -7,6 +7,9 @@
  */
 #pragma once
 
+#include "tensor_map.h"
+
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -28,7 +31,7 @@ struct Index {
   unsigned x, y, z;
 };
 
-enum class State { READY, AT_BARRIER, AT_SHUFFLE, DONE };
+enum class State { READY, AT_BARRIER, AT_SHUFFLE, AT_PHASE, DONE };
 
 enum { MOST_EXCHANGED = 32 };
 
@@ -59,6 +62,26 @@ struct Product {
   unsigned group;
 };
 
+struct Thread;
+
+/* A barrier in shared memory whose phases arrivals and bytes end (see tma.h). */
+struct PhaseBarrier {
+  unsigned arrivals, pending, phase;
+  long bytes; /* that are still to come in this phase */
+  const Thread *maker;
+  unsigned made_before; /* so many barriers of the block */
+  bool fenced;
+};
+
+/* A copy of a box that is on its way. */
+struct BulkCopy {
+  tensor_map map;
+  char *to;
+  PhaseBarrier *barrier;
+  unsigned phase;
+  int place[MOST_RANK], offset[MOST_RANK - 2];
+};
+
 struct Thread {
   void *stack; /* where it goes on, while others run */
   Index index;
@@ -72,6 +95,9 @@ struct Thread {
   unsigned products_started, product_groups;
   std::map<float *, std::vector<float>> sums; /* what products left there, since the last fence */
   bool fenced;
+  std::map<const void *, unsigned> phases; /* that it has waited for, by barrier */
+  const PhaseBarrier *awaited;
+  unsigned awaited_phase;
 };
 
 struct Machine {
@@ -82,6 +108,9 @@ struct Machine {
   std::vector<char> published_shared; /* as products of groups of warps see it */
   unsigned shared_start = 0;          /* its address: no better aligned than the kernel asks for */
   std::vector<std::vector<std::pair<std::uint64_t, std::uint64_t>>> operands; /* of each group's products */
+  std::map<const void *, PhaseBarrier> barriers;
+  std::vector<BulkCopy> bulk_copies;
+  unsigned block_barriers = 0; /* that all threads have gone through */
   Thread *current = nullptr;
   Index grid, block, block_index;
   void (*body)(void *) = nullptr;
@@ -170,6 +199,9 @@ static void start_threads() {
   unsigned count = unsigned(machine.threads.size());
   machine.warps.assign((count + WARP - 1) / WARP, Warp());
   machine.operands.assign((count + GROUP - 1) / GROUP, {});
+  machine.barriers.clear();
+  machine.bulk_copies.clear();
+  machine.block_barriers = 0;
   for (unsigned i = 0; i < count; i++) {
     Thread &thread = machine.threads[i];
     thread.index = {i % machine.block.x, i / machine.block.x % machine.block.y, i / machine.block.x / machine.block.y};
@@ -185,6 +217,7 @@ static void start_threads() {
     thread.products_started = thread.product_groups = 0;
     thread.sums.clear();
     thread.fenced = false;
+    thread.phases.clear();
   }
 }
 
@@ -246,6 +279,10 @@ static bool all_multiplied() {
   return machine.error == nullptr;
 }
 
+/* See tma.h. */
+static bool let_copies_land();
+static bool all_landed();
+
 static bool run_block(unsigned order) {
   poison_shared();
   start_threads();
@@ -255,8 +292,11 @@ static bool run_block(unsigned order) {
     if (machine.error != nullptr) {
       return false;
     }
-    if (released) {
+    if (released || let_copies_land()) {
       continue;
+    }
+    if (machine.error != nullptr) {
+      return false;
     }
     unsigned waiting = 0, done = 0;
     for (Thread &thread : machine.threads) {
@@ -264,13 +304,14 @@ static bool run_block(unsigned order) {
       done += thread.state == State::DONE;
     }
     if (done == count) {
-      return all_multiplied();
+      return all_multiplied() && all_landed();
     }
     if (waiting != count) {
       machine.error = waiting != 0 ? "some threads wait in __syncthreads, others never reach it"
                                    : "a shuffle waits for lanes that never reach it";
       return false;
     }
+    machine.block_barriers++;
     for (Thread &thread : machine.threads) {
       thread.state = State::READY;
     }
@@ -316,6 +357,10 @@ const char *launch(void (*function)(A...), const unsigned *grid, const unsigned 
 
 template <class... A> constexpr unsigned count_arguments(void (*)(A...)) { return sizeof...(A); }
 
+template <class... A> constexpr std::array<unsigned, sizeof...(A) + 1> argument_bytes(void (*)(A...)) {
+  return {{unsigned(sizeof(A))..., 0}};
+}
+
 /* Waits until all lanes of the mask are here, each with a value. */
 template <class T> void meet(unsigned mask, const T &value) {
   static_assert(sizeof(T) <= MOST_EXCHANGED, "lanes hand each other up to 32 bytes");
@@ -358,6 +403,7 @@ static unsigned source_lane(int target, int width) {
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static __attribute__((section("cnnc_shared")))
 /* g++ takes no alignas after `static`. */
 #define alignas(bytes) __attribute__((aligned(bytes)))
@@ -443,10 +489,13 @@ static inline int2 make_int2(int x, int y) { return {x, y}; }
 static inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 
 /* Makes a kernel callable: `const char *cnnc_emulated_NAME(grid, block, shared_bytes, arguments, order)`.
- * `cnnc_arguments_NAME` is how many arguments it takes. */
+ * `cnnc_arguments_NAME` is how many arguments it takes, `cnnc_argument_bytes_NAME` how large each is. */
 #define CNNC_EMULATED(name) \
   extern "C" const unsigned cnnc_arguments_##name; \
   const unsigned cnnc_arguments_##name = cnnc_emulation::count_arguments(name); \
+  extern "C" const decltype(cnnc_emulation::argument_bytes(name)) cnnc_argument_bytes_##name; \
+  const decltype(cnnc_emulation::argument_bytes(name)) cnnc_argument_bytes_##name = \
+      cnnc_emulation::argument_bytes(name); \
   extern "C" const char *cnnc_emulated_##name(const unsigned *grid, const unsigned *block, unsigned shared_bytes, \
                                               void **arguments, unsigned order) { \
     return cnnc_emulation::launch(name, grid, block, shared_bytes, arguments, order); \
