@@ -261,8 +261,9 @@ def _on_gpu(algorithm: Algorithm, templates: Sequence[KernelTemplate]) -> Algori
 
     def applies(node: Node, target: Target) -> bool:
         tile = winograd_tile(algorithm.name)
-        pays = tile is None or (tile <= LARGEST_GPU_TILE and _saved_products(node, tile) >= FEWEST_SAVED)
-        return algorithm.applies(node, target) and pays
+        if not algorithm.applies(node, target):
+            return False
+        return tile is None or (tile <= LARGEST_GPU_TILE and _saved_products(node, tile) >= FEWEST_SAVED)
 
     margin = GPU_MARGIN if algorithm.is_winograd else algorithm.margin
     return replace(algorithm, applies=applies, seconds=seconds, margin=margin)

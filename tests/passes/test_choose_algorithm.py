@@ -256,8 +256,10 @@ def test_gpu_golden(rng, golden):
 
 def test_gpus_take_winograd_where_it_halves_the_products_and_pays(rng):
     taken = [wide(rng, pad=1), wide(rng, pad=1, outputs=256), wide(rng, pad=2, kernel=(5, 5)), wide(rng, 64, size=56)]
+    taken.append(wide(rng, pad=3, stride=2, kernel=(7, 7)))
     refused = [
         wide(rng, pad=1, stride=2),
+        wide(rng, pad=4, stride=2, kernel=(9, 9)),
         wide(rng, kernel=(1, 1)),
         wide(rng, channels=8, pad=1),
         wide(rng, pad=1, outputs=8),
