@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from cnnc.backends.cache import DiskCache
 from cnnc.backends.cuda.codegen import KERNEL, CudaSource, Launch, cuda_source
@@ -138,10 +139,11 @@ def _decode(content: bytes | None) -> CudaKernel | None:
     )
 
 
-def _launch(fields: dict[str, object]) -> Launch:
+def _launch(fields: dict[str, Any]) -> Launch:
     """Read a launch back from JSON, whose lists were tuples."""
-    maps = tuple((position, map_from(described)) for position, described in fields["maps"])  # type: ignore[attr-defined]
-    return Launch(**{**{key: _tuples(value) for key, value in fields.items()}, "maps": maps})  # type: ignore[arg-type]
+    read: dict[str, Any] = {key: _tuples(value) for key, value in fields.items()}
+    read["maps"] = tuple((position, map_from(described)) for position, described in fields["maps"])
+    return Launch(**read)
 
 
 def _tuples(value: object) -> object:

@@ -10,15 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cnnc.backends.cuda import conv_mma, matmul_mma
-from cnnc.backends.cuda.codegen import CudaSource, cuda_source
+from cnnc.backends.cuda.codegen import CudaSource
 from cnnc.backends.cuda.conv_wgmma import ConvWgmma
 from cnnc.backends.cuda.machine import GPUS
 from cnnc.backends.cuda.matmul_wgmma import MatMulWgmma
 from cnnc.backends.cuda.mma_params import WGMMA_TILES, WgmmaParams, resident
 from cnnc.backends.cuda.nvcc import compile_fatbin
 from cnnc.backends.cuda.templates import TEMPLATES
-from cnnc.backends.lower.template import params_of, schedule_of
+from cnnc.backends.lower.template import params_of
 from cnnc.ir.types import DType
 from cnnc.ops import MatMul
 from cnnc.ops.fused import Fused, Schedule
@@ -27,56 +26,25 @@ from tests.backends.cuda import test_matmul_mma as matmuls
 from tests.backends.cuda.disassembler import instructions, needs_disassembler
 from tests.backends.cuda.emulator import Emulator, needs_gxx
 from tests.backends.cuda.test_conv_gemm import Case
-from tests.backends.cuda.test_conv_mma import CASES, TYPES, check, kernel, nothing, residual, slow
+from tests.backends.cuda.test_conv_mma import CASES, check, kernel, nothing, residual, slow
 from tests.backends.cuda.test_nvcc import needs_nvcc, parts_of
+from tests.backends.cuda.warp_groups import TARGET, check_convolutions, check_products, source_of
 
-TARGET = Target.parse("cuda:sm_90a")
 CONV, MATMUL = ConvWgmma(), MatMulWgmma()
 
 types = pytest.mark.parametrize("dtype", [DType.F16, pytest.param(DType.BF16, marks=slow)], ids=str)
 
 
-def source_of(template: ConvWgmma | MatMulWgmma, fused: Fused, tile: WgmmaParams, symbol: str) -> CudaSource:
-    assert template.matches(fused, TARGET)
-    return cuda_source(template.build(fused, schedule_of(template.name, tile), TARGET), symbol, TARGET)
-
-
-def check_all(jobs: list[tuple[Fused, CudaSource]], folder: Path) -> None:
-    emulator = Emulator([source for _, source in jobs], folder)
-    rng = np.random.default_rng(len(jobs))
-    for fused, source in jobs:
-        check(emulator, source, fused, rng)
-
-
 @needs_gxx
 @types
 def test_convolutions(dtype: DType, tmp_path: Path) -> None:
-    """Tiles and parts take turns, so that each tile meets a case or two."""
-    jobs = []
-    for number, (case, follow) in enumerate(CASES):
-        fused = kernel(case, follow, dtype)
-        found = conv_mma.matched(fused)
-        assert found is not None
-        tile = WGMMA_TILES[(number + 5 * TYPES.index(dtype)) % len(WGMMA_TILES)]
-        parts = min(1 + number % 4, -(-conv_mma.shape_of(found).chunks // tile.depth))
-        jobs.append((fused, source_of(CONV, fused, replace(tile, splits=parts), f"conv{number}")))
-    check_all(jobs, tmp_path)
+    check_convolutions(CONV, WGMMA_TILES, CASES, dtype, tmp_path)
 
 
 @needs_gxx
 @types
 def test_products(dtype: DType, tmp_path: Path) -> None:
-    """Layers, and matrices of activations either way round, whose batches broadcast."""
-    layers = [matmuls.kernel(case, dtype) for case in matmuls.CASES]
-    products = [matmuls.product(case, dtype, matmuls.residual) for case in matmuls.PRODUCTS]
-    jobs = []
-    for number, fused in enumerate([*layers, *products]):
-        found = matmul_mma.matched(fused)
-        assert found is not None
-        tile = WGMMA_TILES[(number * 3 + number // 8) % len(WGMMA_TILES)]
-        parts = min(1 + number % 3, -(-found.shape.chunks // tile.depth))
-        jobs.append((fused, source_of(MATMUL, fused, replace(tile, splits=parts), f"product{number}")))
-    check_all(jobs, tmp_path)
+    check_products(MATMUL, WGMMA_TILES, dtype, tmp_path)
 
 
 FAULTS = {
