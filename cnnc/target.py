@@ -13,7 +13,7 @@ _V3 = (*_V2, "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _ICELAKE = (*_V4, "avx512ifma", "avx512vbmi", "avx512vbmi2", "avx512vnni", "avx512bitalg", "avx512vpopcntdq", "gfni")
 _ZNVER4 = (*_ICELAKE, "avx512bf16")
-_SAPPHIRE_RAPIDS = (*_ZNVER4, "avx512fp16", "amx-tile", "amx-bf16")
+_SAPPHIRE_RAPIDS = (*_ZNVER4, "avx512fp16", "amx-tile", "amx-bf16", "amx-int8")
 
 CPUS: dict[str, tuple[str, ...]] = {
     "x86-64-v2": _V2,
@@ -54,6 +54,7 @@ _FLAG_OF_FEATURE = {
     "avx512fp16": "avx512_fp16",
     "amx-tile": "amx_tile",
     "amx-bf16": "amx_bf16",
+    "amx-int8": "amx_int8",
 }
 """Where the kernel's name in /proc/cpuinfo is not LLVM's."""
 

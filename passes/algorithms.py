@@ -207,6 +207,33 @@ def _tile_seconds(tiles: int, pixels: int, pairs: int, taps: int, oc_blocks: int
     return (products + SPLIT_CYCLES * pixels * pairs) / CYCLES_A_SECOND
 
 
+def _int8x3_applies(node: Node, target: Target) -> bool:
+    """Say of a float32 image convolution whether it is 1x1, and of enough channels with known, moderate weights."""
+    op, w = node.op, array_of(node.inputs[1])
+    if not _bf16x3_applies(node, target) or not isinstance(op, Conv) or w is None:
+        return False
+    if w.dtype != np.float32 or w.shape[2:] != (1, 1) or any(op.pad):
+        return False
+    return bool(np.abs(w).max() < LARGEST_WEIGHT)
+
+
+LARGEST_WEIGHT = 2.0**100
+"""Larger weights are none to expect, and near the largest float their unit would not be one."""
+
+
+def _int8x3_seconds(node: Node, target: Target, stored: DType) -> float:
+    """Count products of tiles of 16 pixels, 64 input channels and 16 outputs, and splitting and storing numbers."""
+    if stored is not DType.F32:
+        return math.inf
+    n, oc, height, width = node.types[0].static_shape
+    ic, pixels = node.inputs[1].type.static_shape[1], n * height * width
+    oc_blocks = -(-oc // 16)
+    products = 6 * -(-pixels // 16) * -(-ic // 64) * oc_blocks * DIGIT_CYCLES
+    moved = pixels * (-(-ic // 16) * DIGIT_SPLIT_CYCLES + oc_blocks * DIGIT_FINISH_CYCLES)
+    seconds = (products + moved) / CYCLES_A_SECOND
+    return _together(seconds, _reading(3.0 * ic * oc, target)) + _moving(node, target)
+
+
 def is_for_tiles(node: Node, target: Target, stored: DType) -> bool:
     """Whether a fully connected layer takes less time on tiles: of many rows, whole lines, and known, finite weights.
 
@@ -234,9 +261,16 @@ TILE_CYCLES, SPLIT_CYCLES, SPLIT_WEIGHTS = 23.0, 45.0, 130.0
 """Cycles for a product of tiles, to split 32 numbers into parts and use them for few products, and what splitting a
 tile of weights adds."""
 
+INT8X3_MARGIN = 0.9
+"""Of the time of others, int8 digits must take less than this to be worth their error."""
+
+DIGIT_CYCLES, DIGIT_SPLIT_CYCLES, DIGIT_FINISH_CYCLES = 21.0, 9.0, 7.0
+"""Cycles for a product of tiles of digits, to split a vector of input, and to scale a vector of sums and store it."""
+
 ALGORITHMS: tuple[Algorithm, ...] = (
     Algorithm("direct", error=2.2, applies=lambda node, target: True, seconds=_direct_seconds, exact=True),
     Algorithm("bf16x3", error=BF16X3_ERROR, applies=_bf16x3_applies, seconds=_bf16x3_seconds, margin=BF16X3_MARGIN),
+    Algorithm("int8x3", error=12.0, applies=_int8x3_applies, seconds=_int8x3_seconds, margin=INT8X3_MARGIN),
     Algorithm(
         "winograd2", error=12.0, applies=_winograd_applies(2), seconds=_winograd_seconds(2), margin=WINOGRAD_MARGIN
     ),

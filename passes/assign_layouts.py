@@ -28,6 +28,7 @@ from cnnc.ir.rewrite import map_graph, rebuild
 from cnnc.ir.types import DType, TensorType
 from cnnc.ops.blocked import channel_layout, tile_layout, weight_layout
 from cnnc.ops.conv import Conv, fills_tiles
+from cnnc.ops.digit_conv import DigitConv, digits_layout
 from cnnc.ops.fused import Fused
 from cnnc.ops.layout_transform import LayoutTransform
 from cnnc.ops.source import Constant
@@ -141,7 +142,10 @@ def wanted_layouts(node: Node, form: Form) -> tuple[Layout | None, ...] | None:
     if not node.inputs or any(t.rank != RANK or t.dtype is not DType.F32 for t in node.types):
         return None
     layout = channel_layout(RANK, form.block)
-    wanted = _conv_layouts(node, form) if isinstance(node.op, Conv) else _image_layouts(node, layout)
+    if isinstance(node.op, DigitConv):
+        wanted: tuple[Layout | None, ...] = (layout, digits_layout(form.block), *(None for _ in node.inputs[2:]))
+    else:
+        wanted = _conv_layouts(node, form) if isinstance(node.op, Conv) else _image_layouts(node, layout)
     try:
         inferred = infer_types(node.op, tuple(_adapted(v, w) for v, w in zip(node.inputs, wanted, strict=True)))
     except ShapeError:
@@ -253,7 +257,7 @@ def _transform_cost(v: Value, form: Form) -> float:
 def _choose(graph: Graph, form: Form, decided: Decisions | None = None) -> Wanted:
     """Give the nodes to compute in blocks, each with the layouts of its inputs."""
     wanted = {node: w for node in graph.nodes if (w := wanted_layouts(node, form)) is not None}
-    if not any(isinstance(node.op, Conv) for node in wanted):
+    if not any(isinstance(node.op, Conv | DigitConv) for node in wanted):
         return {}
     return {node: wanted[node] for node in _minimum_cut(graph, wanted, form, decided)}
 
@@ -299,7 +303,7 @@ def _reader(user: Node, value: Value, wanted: Wanted) -> Node | str:
 
 def _layer(node: Node) -> tuple[Op, Op] | None:
     """Name a convolution by itself and its constant weight; None for anything else."""
-    if not isinstance(node.op, Conv) or not isinstance(node.inputs[1].op, Constant):
+    if not isinstance(node.op, Conv | DigitConv) or not isinstance(node.inputs[1].op, Constant):
         return None
     return (node.op, node.inputs[1].op)
 

@@ -26,7 +26,8 @@ from cnnc.ir.rewrite import rewrite
 from cnnc.ir.types import DType, TensorType
 from cnnc.ops.conv import Conv
 from cnnc.ops.dense import Dense
-from cnnc.ops.source import Constant
+from cnnc.ops.digit_conv import DigitConv, weight_digits
+from cnnc.ops.source import Constant, constant
 from cnnc.ops.winograd import WinogradWeight, winograd_tile
 from cnnc.passes.algorithms import (
     ALGORITHMS,
@@ -62,8 +63,9 @@ class ChooseAlgorithm(Pass):
 
     `budget` bounds its error and `exact` forbids Winograd's.  `growth` bounds the bytes that transformed weights add,
     as a share of those of all constants; they go where they save most time for each byte.  `weights` is
-    what narrow_weights will store weights in, transformed ones too; where products are in a `dtype`, bf16, Winograd's
-    are not considered.  `templates` are the back end's, which estimate what kernels take on a GPU.
+    what narrow_weights will store weights in, transformed ones too; where products are in a `dtype`, bf16, those that
+    are not rounded to it are not considered.  `templates` are the back end's, which estimate what kernels take on a
+    GPU.
     """
 
     budget: float = 64.0
@@ -98,6 +100,8 @@ class ChooseAlgorithm(Pass):
                     best = chosen.get(_layer(conv, w, shared), conv.algorithm)
                     if conv.algorithm == best:
                         return None
+                    if best == "int8x3":
+                        return _in_digits(conv, x, w, bias)
                     transform = _transform_of(best, conv)
                     weight = w if transform is None else call(transform, w)
                     return call(replace(conv, algorithm=best), x, weight, *bias)
@@ -110,7 +114,7 @@ class ChooseAlgorithm(Pass):
     def _table(self, target: Target) -> tuple[Algorithm, ...]:
         """Give the algorithms that are allowed, with what is known of their speed."""
         table = gpu_algorithms(self.templates) if target.is_gpu else ALGORITHMS
-        return tuple(a for a in table if a.exact or not (self.exact or (self.dtype != "f32" and a.is_winograd)))
+        return tuple(a for a in table if a.exact or not (self.exact or (self.dtype != "f32" and a.name != "bf16x3")))
 
     def _choices(self, graphs: Sequence[Graph], target: Target) -> dict[Layer, str]:
         """Give the algorithm of every layer."""
@@ -140,6 +144,14 @@ class ChooseAlgorithm(Pass):
                 chosen[layer] = algorithm
                 room -= added
         return chosen
+
+
+def _in_digits(conv: Conv, x: Value, w: Value, bias: Sequence[Value]) -> Value:
+    """Give a convolution with its weight, a constant, as fixed-point numbers of digits."""
+    assert isinstance(w.op, Constant), "only known weights have digits"
+    digits, unit = weight_digits(w.op.value.array)
+    stride = (conv.stride[0], conv.stride[1])
+    return call(DigitConv(stride), x, constant(digits, label=w.op.label), constant(unit), *bias)
 
 
 def _room(graph: Graph, growth: float) -> float:

@@ -4,7 +4,8 @@
 
 Products are exact; those of even and of odd numbers are added up in float32 each, then both are added to c, and
 subnormal numbers count as zero (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18, and
-volume 2, TDPBF16PS).  In memory a tile is 16 lines of the cache, one after the other.
+volume 2, TDPBF16PS).  In memory a tile is 16 lines of the cache, one after the other.  The same of int8 adds four
+products at a time to int32, exactly (TDPBSSD).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tvm import tirx
 from cnnc.backends.cpu.machine import TILE_LINE, TILE_ROWS
 from cnnc.backends.lower import loops
 
-__all__ = ["configured", "load", "multiply_add", "store", "zero"]
+__all__ = ["configured", "load", "multiply_add", "multiply_add_int8", "store", "zero"]
 
 _REGISTERS = 8
 
@@ -56,6 +57,11 @@ def store(register: int, buffer: Any, *indices: Any) -> Any:
 def multiply_add(total: int, a: int, b: int) -> Any:
     """Add the product of two registers of bf16 to one of float32."""
     return _instruction("tdpbf16ps", _number(total), _number(a), _number(b))
+
+
+def multiply_add_int8(total: int, a: int, b: int) -> Any:
+    """Add the product of two registers of int8 to one of int32."""
+    return _instruction("tdpbssd", _number(total), _number(a), _number(b))
 
 
 def _rows(buffer: Any, indices: tuple[Any, ...]) -> tuple[Any, Any]:

@@ -44,14 +44,19 @@ def machine_of(target: Target) -> Machine:
 
 
 def anchor_of(
-    kernel: Fused, target: Target, *names: str, prologue: bool = False, narrow: Collection[int] = ()
+    kernel: Fused,
+    target: Target,
+    *names: str,
+    prologue: bool = False,
+    narrow: Collection[int] = (),
+    digits: Collection[int] = (),
 ) -> Node | None:
     """Give the operator of one of these names that a kernel is about, if the rest can follow it in registers.
 
     That is: everything is float32 of fixed, non-empty shape, the anchor reads inputs of the kernel, and every
     operator that depends on it is elementwise, in its shape and layout.  With `prologue`, the first operand may be
     computed from inputs by operators that are elementwise in its shape and layout.  Operands at the positions `narrow`
-    may be stored in 16 bits, and converted before the anchor reads them.
+    may be stored in 16 bits, and converted before the anchor reads them; those at `digits` are int8.
     """
     body = kernel.body
     if target.kind != "cpu" or len(body.outputs) != 1:
@@ -67,6 +72,7 @@ def anchor_of(
         return None
     operands = [stored_operand(v) if i in narrow else v for i, v in enumerate(anchor.inputs)]
     wide = {v for v, t in types.items() if t.dtype is DType.F32}
+    wide |= {v for i, v in enumerate(anchor.inputs) if i in digits and v.dtype is DType.I8}
     if not all(v in wide or (v in operands and _is_converted_only(v, body)) for v in types):
         return None
     inputs = set(body.inputs)

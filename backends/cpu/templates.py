@@ -8,6 +8,7 @@ from __future__ import annotations
 from cnnc.backends.cpu.attention import AttentionTemplate
 from cnnc.backends.cpu.conv_bf16x3 import ConvBf16x3
 from cnnc.backends.cpu.conv_direct import ConvDirect
+from cnnc.backends.cpu.conv_int8x3 import ConvInt8x3
 from cnnc.backends.cpu.dense_bf16x3 import DenseBf16x3
 from cnnc.backends.cpu.depthwise import Depthwise
 from cnnc.backends.cpu.gemm import DenseTemplate
@@ -26,6 +27,7 @@ from cnnc.errors import VerifyError
 TEMPLATES: tuple[Template, ...] = (
     ConvDirect(),
     ConvBf16x3(),
+    ConvInt8x3(),
     Winograd(),
     Depthwise(),
     Pool(),

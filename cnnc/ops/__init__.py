@@ -26,6 +26,7 @@ from cnnc.ops.concat import Concat, Split
 from cnnc.ops.conv import Conv
 from cnnc.ops.conv_transpose import ConvTranspose
 from cnnc.ops.dense import Dense, MatMul
+from cnnc.ops.digit_conv import DigitConv
 from cnnc.ops.fused import Fused, Schedule
 from cnnc.ops.gather import Gather, GatherElements, GatherNd
 from cnnc.ops.layout_transform import LayoutTransform
@@ -140,6 +141,7 @@ __all__ = [
     "CumSum",
     "Dense",
     "DepthToSpace",
+    "DigitConv",
     "Div",
     "Elu",
     "Equal",

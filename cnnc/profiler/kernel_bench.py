@@ -34,7 +34,7 @@ from cnnc.backends.lower.identity import kernel_symbol
 from cnnc.ir.build import call
 from cnnc.ir.graph import Graph
 from cnnc.ir.op import Op
-from cnnc.ir.types import TensorType
+from cnnc.ir.types import DType, TensorType
 from cnnc.ops import Neg, ReduceSum
 from cnnc.ops.fused import Fused, Schedule
 from cnnc.ops.source import Input
@@ -98,7 +98,7 @@ class Measured:
 class KernelBench:
     """Compiles and times candidates for one kernel of f32 and one output; all get the same random inputs.
 
-    Weights may be in 16 bits.
+    Weights may be in 16 bits, or digits of int8.
     """
 
     def __init__(self, kernel: Fused, target: Target, setting: Setting, seed: int) -> None:
@@ -250,10 +250,16 @@ def _filled(shape: tuple[int, ...], value: float) -> np.ndarray:
 
 
 def _random(type_: TensorType, is_weight: bool, rng: np.random.Generator) -> np.ndarray:
-    """Draw a tensor as it lies in memory; weights so that the sums they make are of the size of activations."""
-    values = rng.standard_normal(type_.static_shape, dtype=np.float32)
-    if is_weight and values.ndim > 1:
-        values *= (len(values) / values.size) ** 0.5
+    """Draw a tensor as it lies in memory; weights so that the sums they make are of the size of activations.
+
+    Digits of fixed-point weights are any.
+    """
+    if type_.dtype is DType.I8:
+        values = rng.integers(-128, 128, type_.static_shape, np.int8)
+    else:
+        values = rng.standard_normal(type_.static_shape, dtype=np.float32)
+        if is_weight and values.ndim > 1:
+            values *= (len(values) / values.size) ** 0.5
     packed = values if type_.layout is None else type_.layout.pack(values)
     array = aligned_empty((packed.size,), type_.dtype)
     array[:] = packed.reshape(-1)

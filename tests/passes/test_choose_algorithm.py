@@ -9,6 +9,7 @@ import pytest
 
 from cnnc.backends.cuda.templates import TEMPLATES
 from cnnc.ir.build import call
+from cnnc.ir.interp import run
 from cnnc.ir.text import print_graph
 from cnnc.ir.types import DType
 from cnnc.ops import Conv, MaxPool, Relu, WinogradWeight, constant, graph_input
@@ -202,13 +203,36 @@ TILES = Target.parse("cpu:sapphirerapids")
 
 def test_tiles_are_used_where_there_are_some(rng):
     pointwise = conv(image(1, 256, 14, 14), weights(rng, 256, 256, 1, 1)).node
-    assert cheapest(pointwise, TILES, 64.0) == "bf16x3"
+    assert cheapest(pointwise, TILES, 64.0) == "int8x3"
+    assert cheapest(pointwise, TILES, 4.0) == "bf16x3"
     assert cheapest(pointwise, TILES, 2.0) == "direct"
     assert cheapest(pointwise, Target.parse("cpu:x86-64-v4"), 64.0) == "direct"
 
 
+def test_digits_golden(rng, golden):
+    y = conv(image(1, 255, 12, 12), weights(rng, 64, 255, 1, 1, label="w"), weights(rng, 64))
+    graph = graph_of(call(Relu(), y))
+    done = ChooseAlgorithm().run(graph, TILES)
+    golden("choose_algorithm_digits", print_graph(graph) + print_graph(done))
+    x = rng.standard_normal((1, 255, 12, 12)).astype(np.float32)
+    (wanted,), (got,) = run(graph, [x], precise=True), run(done, [x], precise=True)
+    assert 0 < np.linalg.norm(got - wanted) <= 2e-7 * np.linalg.norm(wanted)
+
+
+def test_only_what_has_digits_is_split_into_them(rng):
+    """Of one tap without padding, f32 that no type rounds, and weights that are known and no larger than usual."""
+    x, w = image(1, 256, 14, 14), weights(rng, 256, 256, 1, 1)
+    assert cheapest(conv(x, w, pad=1).node, TILES, 64.0) == "bf16x3"
+    assert cheapest(conv(x, constant(np.full((256, 256, 1, 1), 2.0**101, np.float32))).node, TILES, 64.0) == "bf16x3"
+    graph = graph_of(conv(x, w))
+    narrow = [ChooseAlgorithm(weights=DType.BF16), ChooseAlgorithm(dtype="bf16"), ChooseAlgorithm(budget=4.0)]
+    found = [[node.op.name for node in choose.run(graph, TILES).nodes] for choose in narrow]
+    assert not any("digit_conv" in names for names in found)
+    assert "digit_conv" in [node.op.name for node in ChooseAlgorithm().run(graph, TILES).nodes]
+
+
 def test_exact_forbids_tiles(rng):
-    graph = graph_of(conv(image(1, 128, 12, 12), weights(rng, 128, 128, 1, 1)))
+    graph = graph_of(conv(image(1, 128, 28, 28), weights(rng, 128, 128, 3, 3), stride=2, pad=1))
 
     def algorithms(exact):
         done = check(ChooseAlgorithm(exact=exact), graph, rng, target=TILES)
@@ -216,6 +240,8 @@ def test_exact_forbids_tiles(rng):
 
     assert algorithms(exact=False) == ["bf16x3"]
     assert algorithms(exact=True) == ["direct"]
+    digits = graph_of(conv(image(1, 256, 14, 14), weights(rng, 256, 256, 1, 1)))
+    assert [node.op for node in ChooseAlgorithm(exact=True).run(digits, TILES).nodes][-1].algorithm == "direct"
 
 
 def test_only_what_tiles_take(rng):
@@ -228,7 +254,7 @@ def test_only_what_tiles_take(rng):
         conv(image(1, 256, 14), weights(rng, 256, 256, 1)),
     ]
     assert [cheapest(v.node, TILES, 64.0) for v in refused] == ["direct"] * len(refused)
-    assert cheapest(conv(x, w).node, TILES, 64.0) == "bf16x3"
+    assert cheapest(conv(x, w).node, TILES, 4.0) == "bf16x3"
 
 
 GPU = Target.parse("cuda:sm_80")

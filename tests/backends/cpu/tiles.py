@@ -16,7 +16,7 @@ ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18
 
 def present() -> bool:
     """Whether this process may use tile registers; asks the system for them."""
-    if not {"amx_tile", "amx_bf16"} <= machine_flags():
+    if not {"amx_tile", "amx_bf16", "amx_int8"} <= machine_flags():
         return False
     return ctypes.CDLL(None).syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA) == 0
 
@@ -37,36 +37,31 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
         nothing = tirx.Broadcast(tirx.const(0, "uint32"), 16)
         return lines(lambda row: loops.store(registers[register], nothing, row, 0, lanes=16))
 
-    def place(buffer: Any, indices: tuple[Any, ...]) -> tuple[Any, Any]:
-        """View a buffer as lines of 16 numbers: the buffer, and the line at some indices."""
+    def per_line(buffer: Any) -> int:
+        return 64 if buffer.dtype == "int8" else 16
+
+    def line_index(buffer: Any, indices: tuple[Any, ...], row: Any) -> list[Any]:
+        """Give the indices of the first number of a line of 64 bytes, so many after the one at some indices."""
         position: Any = 0
         for extent, index in zip(buffer.shape, indices, strict=True):
             position = position * extent + index
-        return buffer, position
-
-    def line_index(buffer: Any, first: Any, row: Any) -> list[Any]:
-        """Give the indices of a line, its last one left out."""
-        position, indices = first // 16 + row, []
-        for extent in reversed(buffer.shape[:-1]):
-            indices.insert(0, position % extent if len(indices) < len(buffer.shape) - 2 else position)
+        position, found = position + row * per_line(buffer), []
+        for extent in reversed(buffer.shape[1:]):
+            found.insert(0, position % extent)
             position = position // extent
-        return indices
+        return [position, *found]
 
     def load(register: int, buffer: Any, *indices: Any) -> Any:
-        source, first = place(buffer, indices)
-
         def one(row: Any) -> Any:
-            value = loops.load(source, *line_index(source, first, row), 0, lanes=16)
+            value = loops.load(buffer, *line_index(buffer, indices, row), lanes=per_line(buffer))
             return loops.store(registers[register], tirx.reinterpret("uint32x16", value), row, 0, lanes=16)
 
         return lines(one)
 
     def store(register: int, buffer: Any, *indices: Any) -> Any:
-        target, first = place(buffer, indices)
-
         def one(row: Any) -> Any:
-            value = tirx.reinterpret(f"{target.dtype}x16", loops.load(registers[register], row, 0, lanes=16))
-            return loops.store(target, value, *line_index(target, first, row), 0, lanes=16)
+            value = tirx.reinterpret(f"{buffer.dtype}x16", loops.load(registers[register], row, 0, lanes=16))
+            return loops.store(buffer, value, *line_index(buffer, indices, row), lanes=16)
 
         return lines(one)
 
@@ -98,6 +93,25 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
                 loops.loop(16, add, "k"),
                 loops.store(registers[total], tirx.reinterpret("uint32x16", before + (even + odd)), row, 0, lanes=16),
             )
+
+        return lines(one)
+
+    def multiply_add_int8(total: int, a: int, b: int) -> Any:
+        def digit(value: Any, number: int) -> Any:
+            """Give one of four bytes of each lane, as int32."""
+            raised = tirx.shift_left(value, tirx.Broadcast(tirx.const(24 - 8 * number, "uint32"), 16))
+            return tirx.shift_right(tirx.reinterpret("int32x16", raised), tirx.Broadcast(tirx.const(24, "int32"), 16))
+
+        def one(row: Any) -> Any:
+            def add(k: Any) -> Any:
+                xs = tirx.Broadcast(loops.load(registers[a], row, k), 16)
+                ws = loops.load(registers[b], k, 0, lanes=16)
+                sums = tirx.reinterpret("int32x16", loops.load(registers[total], row, 0, lanes=16))
+                for number in range(4):
+                    sums = sums + digit(xs, number) * digit(ws, number)
+                return loops.store(registers[total], tirx.reinterpret("uint32x16", sums), row, 0, lanes=16)
+
+            return loops.loop(16, add, "k")
 
         return lines(one)
 

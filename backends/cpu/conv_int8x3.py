@@ -1,0 +1,162 @@
+"""1x1 convolution on AMX's matrix tiles, each float32 in three int8 digits, on blocked channels (NCHWc).
+
+    y[p, o] = sum over channels c of x[p, c] * w[c, o]        in tiles of 16 pixels x 16 outputs, 64 channels at a time
+
+The digits are of fixed-point numbers with one scale for all channels of a pixel, and one for all weights of an output
+(see int8_digits.py), so that their products are added up in integers: six products of tiles for 64 channels, where
+parts in bf16 take twelve, and half the bytes to load.  The weights come as digits.  A slice splits its pixels once,
+unless the slice before was of the same, and then goes through its blocks of output channels: the weights of a block
+stay in L1 while all pixels pass, and those of the next are asked for early.  Any stride; what is elementwise before the
+convolution is computed as its input is split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, prologue_flops
+from cnnc.backends.cpu.conv_int8x3_shape import IN_A_STEP, TILES, DigitParams, slices_of
+from cnnc.backends.cpu.conv_shape import ConvShape
+from cnnc.backends.cpu.int8_digits import DIGITS, PRODUCTS
+from cnnc.backends.cpu.machine import TILE_LINE, TILE_ROWS, Machine
+from cnnc.backends.lower.template import params_of, schedule_of
+from cnnc.errors import VerifyError
+from cnnc.ir.graph import Node
+from cnnc.ops.blocked import channel_layout
+from cnnc.ops.digit_conv import DigitConv
+from cnnc.ops.fused import Fused, Schedule
+from cnnc.target import Target
+
+if TYPE_CHECKING:
+    from cnnc.backends.lower.body import Body
+
+__all__ = ["ConvInt8x3", "build", "cost", "space"]
+
+
+MOST_CHANNELS = 1 << 15
+"""With more, sums of three products of digits might be too large for int32."""
+
+
+def space(shape: ConvShape, machine: Machine) -> Iterator[DigitParams]:
+    """Give the tile sizes worth considering: whole pairs of tiles of pixels."""
+    pixels, together = shape.oh * shape.ow, TILES * TILE_ROWS
+    parts = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 98)
+    sizes = {min(-(-pixels // count // together) * together, pixels) for count in parts}
+    sizes |= {-(-pixels // count) for count in parts if pixels % count == 0 and pixels // count >= TILE_ROWS}
+    blocks = {-(-shape.oc_blocks // count) for count in (1, 2, 3, 4, 6, 8, 16) if count <= shape.oc_blocks}
+    for size, oc_blocks in product(sorted(sizes), sorted(blocks)):
+        yield DigitParams(size, oc_blocks)
+
+
+def cost(shape: ConvShape, params: DigitParams, machine: Machine) -> float:
+    """Estimate the seconds the kernel takes on all threads of the machine."""
+    row_blocks, oc_slices = slices_of(shape, params)
+    slices = shape.n * row_blocks * oc_slices
+    steps = -(-shape.ic_blocks // IN_A_STEP)
+    groups = -(-params.pixels // (TILES * TILE_ROWS))
+    step_bytes = DIGITS * TILE_ROWS * 4.0 * TILE_LINE
+    near = steps * step_bytes <= NEAR_WEIGHTS * machine.l1
+    product_cycles = PRODUCT_CYCLES if near else FAR_PRODUCT_CYCLES
+    data = DIGITS * 4.0 * TILE_LINE * steps * params.pixels
+    product_cycles += FAR_DATA_CYCLES * min(max(data / machine.l2 - L2_SHARE, 0.0), 1.0)
+    products = groups * (steps * len(PRODUCTS) * TILES * product_cycles + GROUP_CYCLES)
+    weights = steps * step_bytes / machine.memory_bytes
+    one = max(products, weights) + EXPOSED_WEIGHTS * min(products, weights)
+    one += params.pixels * (FINISH_CYCLES + EXPOSED * 4.0 * shape.block / machine.memory_bytes)
+    pixel = PIXEL_CYCLES + shape.ic_blocks * (VECTOR_CYCLES + shape.prologue)
+    pixel += EXPOSED * 4.0 * shape.ic_blocks * shape.block / machine.memory_bytes
+    total = (one * params.oc_blocks + SLICE_CYCLES) * machine.turns(slices)
+    total += pixel * params.pixels * machine.turns(slices, oc_slices)
+    return total * machine.sharing(slices) / machine.hertz
+
+
+PRODUCT_CYCLES, FAR_PRODUCT_CYCLES, FAR_DATA_CYCLES = 23.0, 32.0, 8.0
+"""Cycles of a product of tiles and the loads it needs, where the weights of a block stay in L1, and where not; and what
+is added where the pixels' digits leave L2."""
+
+NEAR_WEIGHTS, L2_SHARE = 0.8, 0.68
+"""The share of L1 that the weights of a block may take, and the share of L2 that the pixels' digits may."""
+
+GROUP_CYCLES, SLICE_CYCLES = 100.0, 500.0
+"""What starting two tiles of pixels costs, and a slice."""
+
+EXPOSED_WEIGHTS = 0.3
+"""The share of reading weights, or of the products beside, that the longer of both does not hide."""
+
+EXPOSED = 0.38
+"""The share of reading input and writing output that nothing hides."""
+
+FINISH_CYCLES = 7.0
+"""Cycles to scale a vector of sums and take it through the epilogue."""
+
+PIXEL_CYCLES, VECTOR_CYCLES = 25.0, 6.0
+"""Cycles to find the scale of a pixel, and to split a vector of its channels."""
+
+
+def build(shape: ConvShape, params: DigitParams, body: Body) -> Any:
+    """Make the kernel: a PrimFunc of the body's inputs and the output; the operands begin with x and weight."""
+    from cnnc.backends.cpu.conv_int8x3_loops import DigitLoops
+
+    return DigitLoops(shape, params, body).function()
+
+
+@dataclass(frozen=True)
+class ConvInt8x3:
+    """The template: 1x1 convolutions whose algorithm is `int8x3`, of one group, on blocks of 16 channels."""
+
+    name: str = "conv_int8x3"
+
+    def matches(self, kernel: Fused, target: Target) -> bool:
+        """Take a convolution of float32 images in blocks, where there are tiles to compute it in."""
+        return _shape_of(kernel, target) is not None
+
+    def takes_prologue(self, kernel: Fused, target: Target) -> bool:
+        """Take any: it is computed as the input is split."""
+        return _shape_of(kernel, target) is not None
+
+    def space(self, kernel: Fused, target: Target) -> Iterable[Schedule]:
+        """Give the tile sizes worth considering."""
+        return (schedule_of(self.name, p) for p in space(_known_shape(kernel, target), machine_of(target)))
+
+    def cost(self, kernel: Fused, schedule: Schedule, target: Target) -> float:
+        """Estimate the seconds of a run."""
+        return cost(_known_shape(kernel, target), params_of(DigitParams, schedule), machine_of(target))
+
+    def build(self, kernel: Fused, schedule: Schedule, target: Target) -> Any:
+        """Make the PrimFunc over the kernel's inputs, then its output."""
+        shape = _known_shape(kernel, target)
+        anchor = _anchor_of(kernel, target)
+        if anchor is None:
+            raise VerifyError(f"{self.name} cannot compute kernel {kernel.anchor}")
+        return build(shape, params_of(DigitParams, schedule), body_of(kernel, anchor))
+
+
+def _known_shape(kernel: Fused, target: Target) -> ConvShape:
+    shape = _shape_of(kernel, target)
+    if shape is None:
+        raise VerifyError(f"conv_int8x3 cannot compute kernel {kernel.anchor}")
+    return shape
+
+
+@lru_cache(64)
+def _shape_of(kernel: Fused, target: Target) -> ConvShape | None:
+    """Give the convolution of a kernel, if this template can compute it."""
+    if not target.multiplies_tiles:
+        return None
+    anchor = _anchor_of(kernel, target)
+    if anchor is None or not isinstance(anchor.op, DigitConv):
+        return None
+    x, block = anchor.inputs[0].type, TILE_LINE
+    if x.layout != channel_layout(4, block) or x.static_shape[1] > MOST_CHANNELS:
+        return None
+    (n, ic, height, width), oc = x.static_shape, anchor.types[0].static_shape[1]
+    prologue = prologue_flops(kernel, anchor)
+    return ConvShape(n, ic, height, width, oc, 1, 1, stride=anchor.op.stride, block=block, prologue=prologue)
+
+
+def _anchor_of(kernel: Fused, target: Target) -> Node | None:
+    return anchor_of(kernel, target, "digit_conv", prologue=True, digits=(1,))

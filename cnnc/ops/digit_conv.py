@@ -1,0 +1,147 @@
+"""1x1 convolution whose weights are fixed-point numbers of three int8 digits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from cnnc.errors import ShapeError
+from cnnc.ir.layout import Layout
+from cnnc.ir.op import Example, Kind, Op, random_array
+from cnnc.ir.types import DType, TensorType
+from cnnc.ops.blocked import channel_block, channel_layout, fixed, plain_only, tensor
+from cnnc.ops.broadcast import widen
+from cnnc.ops.numeric import check_vector, narrow
+
+DIGITS, TOGETHER = 3, 4
+"""The digits of a weight, and the channels that lie beside each other: matrix units add up four products of int8."""
+
+_PLACES = (2.0**-7, 2.0**-15, 2.0**-23)
+"""What the digits count, the highest first, in units of an output."""
+
+
+def digits_layout(block: int) -> Layout:
+    """Give the layout of digits for images in blocks: for 16 of them, those of 16 outputs and 64 channels together."""
+    return Layout(f"OIH{block}i{block}oW")
+
+
+def weight_digits(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Give the digits i8[O,ceil(I/4),3,4] of finite weights w[O,I,1,1], and the unit f32[O] of each output.
+
+    The unit is the least power of two that no weight of the output reaches, once rounded to 24 bits of it.
+    """
+    outputs, channels = w.shape[:2]
+    rows = w.reshape(outputs, channels).astype(np.float64)
+    largest = np.abs(rows).max(axis=1, initial=0.0)
+    exponent = np.frexp(largest)[1]
+    most = sum(127 << 8 * place for place in range(DIGITS))
+    exponent += np.rint(np.ldexp(largest, 23 - exponent)) > most
+    exponent = np.maximum(exponent, -126)
+    numbers = np.rint(np.ldexp(rows, (23 - exponent)[:, None])).astype(np.int64)
+    halves = sum(128 << 8 * place for place in range(DIGITS))
+    shifted = np.pad(numbers + halves, ((0, 0), (0, -channels % TOGETHER)), constant_values=halves)
+    digits = np.stack([(shifted >> 8 * place & 255) - 128 for place in reversed(range(DIGITS))], axis=1)
+    digits = digits.reshape(outputs, DIGITS, -1, TOGETHER).transpose(0, 2, 1, 3)
+    return np.ascontiguousarray(digits.astype(np.int8)), np.ldexp(1.0, exponent).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class DigitConv(Op):
+    """Convolve with a 1x1 kernel of fixed-point weights.
+
+    y[n,o,h,w] = b[o] + unit[o] * sum over i of x[n,i,h*stride,w*stride] * (2^-7 d_0 + 2^-15 d_1 + 2^-23 d_2)[o,i]
+
+    Inputs x[N,I,H,W] of f32, digits d i8[O,ceil(I/4),3,4], unit f32[O], optionally b[O].  Weights have 24 bits of the
+    largest of their output, which is what their digits are good for (source: see backends/cpu/int8_digits.py).
+    """
+
+    stride: tuple[int, int]
+
+    kind: ClassVar[Kind] = Kind.REDUCTION
+
+    def infer(self, x: TensorType, d: TensorType, unit: TensorType, b: TensorType | None = None) -> TensorType:
+        """Give [N,O,...]; raises `ShapeError` where channels, dtypes or digits do not fit."""
+        if x.rank != 4 or x.dtype is not DType.F32:
+            raise ShapeError(f"{self.name}: x must be f32 images [N,C,H,W], not {x}")
+        if d.rank != 4 or d.dtype is not DType.I8 or d.shape[2:] != (DIGITS, TOGETHER):
+            raise ShapeError(f"{self.name}: digits must be i8[O,I/4,{DIGITS},{TOGETHER}], not {d}")
+        (channels,) = fixed(self.name, x.shape[1:2])
+        if d.shape[1] != -(-channels // TOGETHER):
+            raise ShapeError(f"{self.name}: digits {d} are not of the {channels} channels of x : {x}")
+        check_vector(self.name, "unit", unit, d.shape[0], "output channel")
+        check_vector(self.name, "bias", b, d.shape[0], "output channel")
+        spatial = tuple(-(-size // step) for size, step in zip(x.shape[2:], self.stride, strict=True))
+        return x.with_shape((x.shape[0], d.shape[0], *spatial))
+
+    def infer_layout(
+        self, x: TensorType, d: TensorType, unit: TensorType, b: TensorType | None = None
+    ) -> tuple[Layout | None, ...]:
+        """Take NCHW{b}c with OIH{b}i{b}oW and give NCHW{b}c, or plain tensors; unit and bias are plain."""
+        block = channel_block(self.name, "x", x)
+        plain_only(self.name, unit=unit, bias=b)
+        wanted = None if block == 1 else digits_layout(block)
+        if d.layout != wanted:
+            raise ShapeError(f"{self.name}: for x : {x} the digits must be in layout {wanted}, not {d.layout}")
+        return (channel_layout(x.rank, block),)
+
+    def reference(self, x: np.ndarray, d: np.ndarray, unit: np.ndarray, b: np.ndarray | None = None) -> np.ndarray:
+        """Multiply by the weights that digits and units are."""
+        weights = np.einsum("oidj,d->oij", d.astype(np.float64), np.array(_PLACES)).reshape(len(d), -1)
+        weights = weights[:, : x.shape[1]] * unit[:, None].astype(np.float64)
+        y = np.einsum("oi,nihw->nohw", weights, x[:, :, :: self.stride[0], :: self.stride[1]].astype(np.float64))
+        return narrow(y if b is None else y + widen(b).reshape(-1, 1, 1), x)
+
+    def compute(self, te: Any, xs: Sequence[Any], types: Sequence[TensorType]) -> Sequence[Any]:
+        """Reduce over channels, then apply the unit and the bias."""
+        x_type, d_type = types[:2]
+        out = self.infer(*types).with_layout(self.infer_layout(*types)[0])
+        channel = te.reduce_axis(fixed(self.name, x_type.shape[1:2])[0], "ic")
+
+        def products(n: Any, o: Any, h: Any, w: Any) -> Any:
+            value = te.at(xs[0], x_type, n, channel, h * self.stride[0], w * self.stride[1])
+            digits = (te.at(xs[1], d_type, o, channel // TOGETHER, k, channel % TOGETHER) for k in range(DIGITS))
+            terms = [te.cast(v, DType.F32) * te.const(p, DType.F32) for v, p in zip(digits, _PLACES, strict=True)]
+            return te.sum(value * (terms[0] + terms[1] + terms[2]), [channel])
+
+        sums = tensor(te, out, products, "digit_conv", guard=False)
+
+        def finish(n: Any, o: Any, *p: Any) -> Any:
+            value = te.at(sums, out, n, o, *p) * xs[2][o]
+            return value + xs[3][o] if len(xs) == 4 else value
+
+        return [tensor(te, out, finish, "digit_conv_unit")]
+
+    def flops(self, x: TensorType, d: TensorType, unit: TensorType, b: TensorType | None = None) -> int:
+        """Count two for each multiply-add of a weight, one for each bias."""
+        return self.infer(x, d, unit, b).elements * (2 * fixed(self.name, x.shape[1:2])[0] + (b is not None))
+
+    @classmethod
+    def examples(cls) -> Iterable[Example]:
+        """Give channels beside fours and blocks, strides, no elements, and blocked layouts."""
+        yield _example((1, 8, 5, 4), 6, bias=True)
+        yield _example((2, 7, 6, 5), 3, (2, 3))
+        yield _example((2, 37, 5, 6), 20, (2, 1), bias=True, block=8)
+        yield _example((1, 64, 4, 4), 32, block=16)
+        yield _example((0, 8, 4, 4), 8)
+        yield _example((1, 0, 4, 4), 3, bias=True)
+
+
+def _example(
+    x: tuple[int, ...], outputs: int, stride: tuple[int, int] = (1, 1), bias: bool = False, block: int = 1
+) -> Example:
+    """Make an example with weights of very different outputs."""
+    image = TensorType(x, DType.F32, channel_layout(4, block))
+    digits = TensorType((outputs, -(-x[1] // TOGETHER), DIGITS, TOGETHER), DType.I8)
+    vector = TensorType((outputs,))
+
+    def draw(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        weights = random_array(rng, TensorType((outputs, x[1], 1, 1)))
+        weights = weights * np.float32(2.0) ** rng.integers(-9, 10, (outputs, 1, 1, 1)).astype(np.float32)
+        vectors = (random_array(rng, vector),) if bias else ()
+        return (random_array(rng, image), *weight_digits(weights), *vectors)
+
+    layout = digits_layout(block) if block > 1 else None
+    return Example(DigitConv(stride), (image, digits.with_layout(layout), vector, *((vector,) if bias else ())), draw)
