@@ -7,6 +7,11 @@ max |y - exact| / (eps * sum |a||b|), as measured on the kernels the algorithm t
 in f32.  As no sum of them has an infinity, it is none of the exact ones either; its error is that of f32.  Fully
 connected layers of many rows have it, too.
 
+`int8x3` takes 1x1 convolutions as products of fixed-point numbers, one scale for all channels of a pixel and one for
+all weights of an output, in three int8 digits: half the products of tiles, and weights of three bytes.  Its error is
+relative to the largest of those numbers, as Winograd's is to those of a tile; where they are of about one size it is as
+stated.  Winograd's algorithm multiplies such rows, too, at each position in a tile.
+
 On GPUs Winograd's algorithm is for f32 alone, as tensor cores multiply all else.  There a layer takes what the back
 end's templates estimate for a kernel of it; and at least half of the products must be saved, so that the gain is the
 algorithm's, however well either kernel is written.
@@ -234,6 +239,52 @@ def _int8x3_seconds(node: Node, target: Target, stored: DType) -> float:
     return _together(seconds, _reading(3.0 * ic * oc, target)) + _moving(node, target)
 
 
+def _digit_winograd_applies(tile: int) -> Applies:
+    """Say of a convolution by Winograd's algorithm whether tiles multiply it: of stride 1, with moderate weights.
+
+    Tiles of more positions multiply the error of what digits leave out by too much.
+    """
+    winograd_applies = _winograd_applies(tile)
+
+    def applies(node: Node, target: Target) -> bool:
+        w = array_of(node.inputs[1])
+        if not winograd_applies(node, target) or not _bf16x3_applies(node, target) or w is None:
+            return False
+        if w.dtype != np.float32 or set(_stride(node)) != {1} or not np.abs(w).max() < LARGEST_WEIGHT:
+            return False
+        return math.prod(axis.positions for axis in transforms(tile, w.shape[2:], (1, 1))) <= MOST_POSITIONS
+
+    return applies
+
+
+def _digit_winograd_seconds(tile: int) -> Seconds:
+    """Count products of tiles of 16 tiles of outputs at each position in them, and transforming and splitting."""
+
+    def seconds(node: Node, target: Target, stored: DType) -> float:
+        if stored is not DType.F32:
+            return math.inf
+        n, oc, height, width = node.types[0].static_shape
+        _, ic, *kernel = node.inputs[1].type.static_shape
+        vertical, horizontal = transforms(tile, kernel, (1, 1))
+        ic_blocks, oc_blocks = -(-ic // 16), -(-oc // 16)
+        tiles = n * -(-height // vertical.tile) * -(-width // horizontal.tile)
+        products = 6 * -(-tiles // 16) * -(-ic_blocks // 4) * oc_blocks * FAR_DIGIT_CYCLES
+        moved = tiles * (ic_blocks * ROW_CYCLES + oc_blocks * DIGIT_OUTPUT_CYCLES)
+        positions = vertical.positions * horizontal.positions
+        arithmetic = positions * (products + moved) / CYCLES_A_SECOND
+        return _together(arithmetic, _reading(3.0 * positions * ic * oc, target)) + _moving(node, target)
+
+    return seconds
+
+
+MOST_POSITIONS = 36
+"""Positions in a tile, as those of 4x4 outputs of a 3x3 kernel."""
+
+FAR_DIGIT_CYCLES, ROW_CYCLES, DIGIT_OUTPUT_CYCLES = 40.0, 28.0, 20.0
+"""Cycles for a product of tiles of digits, of which few are by the same weights, to transform and split a vector of
+input, and to scale and transform one of sums back."""
+
+
 def is_for_tiles(node: Node, target: Target, stored: DType) -> bool:
     """Whether a fully connected layer takes less time on tiles: of many rows, whole lines, and known, finite weights.
 
@@ -279,6 +330,20 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     ),
     Algorithm(
         "winograd6", error=64.0, applies=_winograd_applies(6), seconds=_winograd_seconds(6), margin=LARGE_TILES_MARGIN
+    ),
+    Algorithm(
+        "winograd2_int8x3",
+        error=24.0,
+        applies=_digit_winograd_applies(2),
+        seconds=_digit_winograd_seconds(2),
+        margin=WINOGRAD_MARGIN,
+    ),
+    Algorithm(
+        "winograd4_int8x3",
+        error=64.0,
+        applies=_digit_winograd_applies(4),
+        seconds=_digit_winograd_seconds(4),
+        margin=LARGE_TILES_MARGIN,
     ),
 )
 """The table: a new algorithm is a line here and a template in the back end."""

@@ -33,6 +33,7 @@ from cnnc.ops.fused import Fused
 from cnnc.ops.layout_transform import LayoutTransform
 from cnnc.ops.source import Constant
 from cnnc.ops.winograd import winograd_layout
+from cnnc.ops.winograd_digit_conv import WinogradDigitConv, positions_digits_layout, positions_unit_layout
 from cnnc.passes.layout_cut import BLOCKED, PLAIN, Edge, blocked_side
 from cnnc.passes.registry import Pass
 from cnnc.passes.views import renames_memory
@@ -64,6 +65,8 @@ class Form:
     tensor_cores: bool = False
     reads_plain: Callable[[Node], bool] = lambda node: False
 
+
+CONVOLUTIONS = Conv | DigitConv | WinogradDigitConv
 
 RANK = 4
 """The rank of the tensors that are blocked: images."""
@@ -142,10 +145,7 @@ def wanted_layouts(node: Node, form: Form) -> tuple[Layout | None, ...] | None:
     if not node.inputs or any(t.rank != RANK or t.dtype is not DType.F32 for t in node.types):
         return None
     layout = channel_layout(RANK, form.block)
-    if isinstance(node.op, DigitConv):
-        wanted: tuple[Layout | None, ...] = (layout, digits_layout(form.block), *(None for _ in node.inputs[2:]))
-    else:
-        wanted = _conv_layouts(node, form) if isinstance(node.op, Conv) else _image_layouts(node, layout)
+    wanted = _conv_layouts(node, form) if isinstance(node.op, CONVOLUTIONS) else _image_layouts(node, layout)
     try:
         inferred = infer_types(node.op, tuple(_adapted(v, w) for v, w in zip(node.inputs, wanted, strict=True)))
     except ShapeError:
@@ -170,9 +170,14 @@ def _has_channels(v: Value, node: Node) -> bool:
 def _conv_layouts(node: Node, form: Form, plain: bool = False) -> tuple[Layout | None, ...]:
     """Want OIHW{b}i{b}o weights, or OIHW{b}o where groups fit into blocks or few channels are read plain.
 
-    Transformed weights are wanted as HWOI{b}i{b}o, those for tensor cores as HWIO{b}i.
+    Transformed weights are wanted as HWOI{b}i{b}o, those for tensor cores as HWIO{b}i, digits as matrix units do.
     """
     w, block = node.inputs[1].type, form.block
+    if isinstance(node.op, DigitConv):
+        return (channel_layout(RANK, block), digits_layout(block), *(None for _ in node.inputs[2:]))
+    if isinstance(node.op, WinogradDigitConv):
+        digits = (positions_digits_layout(block), positions_unit_layout(block))
+        return (channel_layout(RANK, block), *digits, *(None for _ in node.inputs[3:]))
     plain = plain or (form.tensor_cores and form.reads_plain(node))
     if form.tensor_cores and not plain and isinstance(node.op, Conv) and fills_tiles(node.op, w, block):
         return (channel_layout(w.rank, block), tile_layout(w.rank, block), *(None for _ in node.inputs[2:]))
@@ -257,7 +262,7 @@ def _transform_cost(v: Value, form: Form) -> float:
 def _choose(graph: Graph, form: Form, decided: Decisions | None = None) -> Wanted:
     """Give the nodes to compute in blocks, each with the layouts of its inputs."""
     wanted = {node: w for node in graph.nodes if (w := wanted_layouts(node, form)) is not None}
-    if not any(isinstance(node.op, Conv | DigitConv) for node in wanted):
+    if not any(isinstance(node.op, CONVOLUTIONS) for node in wanted):
         return {}
     return {node: wanted[node] for node in _minimum_cut(graph, wanted, form, decided)}
 
@@ -303,7 +308,7 @@ def _reader(user: Node, value: Value, wanted: Wanted) -> Node | str:
 
 def _layer(node: Node) -> tuple[Op, Op] | None:
     """Name a convolution by itself and its constant weight; None for anything else."""
-    if not isinstance(node.op, Conv | DigitConv) or not isinstance(node.inputs[1].op, Constant):
+    if not isinstance(node.op, CONVOLUTIONS) or not isinstance(node.inputs[1].op, Constant):
         return None
     return (node.op, node.inputs[1].op)
 

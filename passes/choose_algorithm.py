@@ -26,9 +26,10 @@ from cnnc.ir.rewrite import rewrite
 from cnnc.ir.types import DType, TensorType
 from cnnc.ops.conv import Conv
 from cnnc.ops.dense import Dense
-from cnnc.ops.digit_conv import DigitConv, weight_digits
+from cnnc.ops.digit_conv import DIGITS, DigitConv, weight_digits
 from cnnc.ops.source import Constant, constant
 from cnnc.ops.winograd import WinogradWeight, winograd_tile
+from cnnc.ops.winograd_digit_conv import WinogradDigitConv, digit_tile, transformed_digits
 from cnnc.passes.algorithms import (
     ALGORITHMS,
     BF16X3_ERROR,
@@ -100,8 +101,8 @@ class ChooseAlgorithm(Pass):
                     best = chosen.get(_layer(conv, w, shared), conv.algorithm)
                     if conv.algorithm == best:
                         return None
-                    if best == "int8x3":
-                        return _in_digits(conv, x, w, bias)
+                    if best == "int8x3" or digit_tile(best) is not None:
+                        return _in_digits(conv, digit_tile(best), x, w, bias)
                     transform = _transform_of(best, conv)
                     weight = w if transform is None else call(transform, w)
                     return call(replace(conv, algorithm=best), x, weight, *bias)
@@ -146,12 +147,18 @@ class ChooseAlgorithm(Pass):
         return chosen
 
 
-def _in_digits(conv: Conv, x: Value, w: Value, bias: Sequence[Value]) -> Value:
-    """Give a convolution with its weight, a constant, as fixed-point numbers of digits."""
+def _in_digits(conv: Conv, tile: int | None, x: Value, w: Value, bias: Sequence[Value]) -> Value:
+    """Give a convolution with its weight, a constant, in digits: transformed for a tile, if any."""
     assert isinstance(w.op, Constant), "only known weights have digits"
-    digits, unit = weight_digits(w.op.value.array)
-    stride = (conv.stride[0], conv.stride[1])
-    return call(DigitConv(stride), x, constant(digits, label=w.op.label), constant(unit), *bias)
+    weight = w.op.value.array
+    op: Op
+    if tile is None:
+        op, (digits, unit) = DigitConv((conv.stride[0], conv.stride[1])), weight_digits(weight)
+    else:
+        *_, height, width = w.type.static_shape
+        op = WinogradDigitConv(tile, (height, width), (conv.pad[0], conv.pad[1], conv.pad[2], conv.pad[3]))
+        digits, unit = transformed_digits(WinogradWeight(tile).reference(weight))
+    return call(op, x, constant(digits, label=w.op.label), constant(unit), *bias)
 
 
 def _room(graph: Graph, growth: float) -> float:
@@ -181,8 +188,11 @@ def _added_bytes(algorithm: str, layer: Layer) -> int:
     """Count the bytes that a layer's weight grows by."""
     conv, weight = layer
     assert isinstance(conv, Conv)
-    transform = _transform_of(algorithm, conv)
     type_ = weight.type if isinstance(weight, Value) else call(weight).type
+    tile = digit_tile(algorithm)
+    if tile is not None:
+        return WinogradWeight(tile).infer(type_).elements * DIGITS - type_.nbytes
+    transform = _transform_of(algorithm, conv)
     return 0 if transform is None else transform.infer(type_).nbytes - type_.nbytes
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
 
 from cnnc.backends.cpu import amx
-from cnnc.backends.cpu.conv_int8x3_shape import IN_A_STEP, TILES, DigitParams, slices_of
+from cnnc.backends.cpu.conv_int8x3_shape import DigitParams, slices_of
 from cnnc.backends.cpu.conv_shape import ConvShape
+from cnnc.backends.cpu.digit_products import IN_A_STEP, TILES, digit_products
+from cnnc.backends.cpu.digit_rows import split_row
 from cnnc.backends.cpu.epilogue import SIDE_BY_SIDE, finish
-from cnnc.backends.cpu.int8_digits import DIGITS, PRODUCTS, digits, larger, scale_of, sums_scaled, unit_of
+from cnnc.backends.cpu.int8_digits import DIGITS, sums_scaled
 from cnnc.backends.cpu.machine import TILE_LINE, TILE_ROWS
-from cnnc.backends.cpu.reduce_lanes import lane_max
 from cnnc.backends.lower import loops
 from cnnc.backends.lower.body import Body
 
@@ -22,9 +22,6 @@ __all__ = ["DigitLoops"]
 
 AHEAD = 6
 """Pixels that are asked for early."""
-
-A, B = 6, 7
-"""The registers of a tile of input and one of weights, beside sums of two tiles of pixels."""
 
 
 class DigitLoops:
@@ -44,7 +41,6 @@ class DigitLoops:
         self.input = loops.buffer("input", (self.steps, DIGITS, self.lines, TILE_LINE), "uint32")
         self.units = loops.buffer("units", (params.pixels,))
         self.sums = loops.buffer("sums", (TILES, DIGITS, TILE_ROWS, TILE_LINE), "int32")
-        self.biggest = loops.buffer("biggest", (TILE_LINE,), "int32", scope="local")
         self.computed = loops.buffer("computed", (shape.ic_blocks, TILE_LINE))
 
     def function(self) -> Any:
@@ -68,7 +64,7 @@ class DigitLoops:
         fill = loops.loop(present, lambda pixel: self._split_pixel(image, first, pixel), "pixel")
         if self.oc_slices > 1:
             fill = loops.when(tirx.NE(self.previous // self.oc_slices, index // self.oc_slices), fill)
-        buffers = [self.sums, self.biggest]
+        buffers = [self.sums]
         if self.x is None:
             buffers.append(self.computed)
         return loops.sequence(
@@ -95,49 +91,20 @@ class DigitLoops:
                 return loops.load(self.computed, block, 0, lanes=TILE_LINE)
             return loops.load(self.x, image, block, row, column, 0, lanes=TILE_LINE)
 
-        def look(block: Any) -> Any:
-            found = larger(loops.load(self.biggest, 0, lanes=TILE_LINE), read(block))
-            return loops.sequence(
-                compute(block) if self.x is None else self._ask_for_pixel(image, block, first + pixel + AHEAD),
-                loops.store(self.biggest, found, 0, lanes=TILE_LINE),
-            )
+        def before(block: Any) -> Any:
+            if self.x is None:
+                return compute(block)
+            return self._ask_for_pixel(image, block, first + pixel + AHEAD)
 
-        most = loops.buffer("most", (1,), "int32", scope="local")
-        scale = tirx.Broadcast(scale_of(loops.load(most, 0)), TILE_LINE)
+        def put(step: Any, digit: int, value: Any) -> Any:
+            return loops.store(self.input, value, step, digit, pixel, 0, lanes=TILE_LINE)
 
-        def split(step: Any, present: int) -> Any:
-            vectors = [read(step * IN_A_STEP + j) if j < present else None for j in range(IN_A_STEP)]
-            return loops.sequence(
-                *(
-                    loops.store(self.input, value, step, digit, pixel, 0, lanes=TILE_LINE)
-                    for digit, value in enumerate(digits(vectors, scale))
-                )
-            )
-
-        return loops.sequence(
-            loops.alloc(most),
-            self._forget(),
-            loops.loop(shape.ic_blocks, look, "block"),
-            loops.store(most, lane_max(loops.load(self.biggest, 0, lanes=TILE_LINE), TILE_LINE), 0),
-            loops.store(self.units, unit_of(loops.load(most, 0)), pixel),
-            self._each_step(split),
-        )
+        return split_row(shape.ic_blocks, read, put, lambda unit: loops.store(self.units, unit, pixel), before)
 
     def _ask_for_pixel(self, image: Any, block: Any, pixel: Any) -> Any:
         """Ask for a block of channels of a pixel: those of one lie far apart, which hardware does not foresee."""
         ow, (down, across) = self.shape.ow, self.shape.stride
         return loops.prefetch(self.x, image, block, pixel // ow * down, pixel % ow * across, 0)
-
-    def _forget(self) -> Any:
-        return loops.store(self.biggest, tirx.Broadcast(tirx.const(0, "int32"), TILE_LINE), 0, lanes=TILE_LINE)
-
-    def _each_step(self, body: Callable[[Any, int], Any]) -> Any:
-        """Run `body(step, blocks in it)` for all steps, of which the last may have fewer blocks."""
-        whole, left = divmod(self.shape.ic_blocks, IN_A_STEP)
-        return loops.sequence(
-            loops.loop(whole, lambda step: body(step, IN_A_STEP), "step") if whole else None,
-            body(loops.const(whole), left) if left else None,
-        )
 
     # Multiplying
 
@@ -156,25 +123,13 @@ class DigitLoops:
 
     def _products(self, oc: Any, group: Any, pixel: Any, tiles: int) -> Any:
         """Add up the products of all channels for some tiles of pixels; the first group asks for the next weights."""
+        rows = (self.input, lambda step, digit, tile: (step, digit, pixel + tile * TILE_ROWS, 0))
+        weights = (self.weight, lambda step, digit: (oc, step, digit, 0, 0, 0))
 
-        def step(number: Any) -> Any:
-            statements = [loops.when(tirx.EQ(group, 0), self._ask_for_weights(oc + 1, number))]
-            of_weight = None
-            for of_x, of_w in PRODUCTS:
-                if of_w != of_weight:
-                    statements.append(amx.load(B, self.weight, oc, number, of_w, 0, 0, 0))
-                    of_weight = of_w
-                for tile in range(tiles):
-                    statements.append(amx.load(A, self.input, number, of_x, pixel + tile * TILE_ROWS, 0))
-                    statements.append(amx.multiply_add_int8(tile * DIGITS + of_x + of_w, A, B))
-            return loops.sequence(*statements)
+        def ask(step: Any) -> Any:
+            return loops.when(tirx.EQ(group, 0), self._ask_for_weights(oc + 1, step))
 
-        registers = range(tiles * DIGITS)
-        return loops.sequence(
-            *(amx.zero(register) for register in registers),
-            loops.loop(self.steps, step, "step"),
-            *(amx.store(r, self.sums, r // DIGITS, r % DIGITS, 0, 0) for r in registers),
-        )
+        return digit_products(self.steps, tiles, rows, weights, self.sums, ask)
 
     def _ask_for_weights(self, oc: Any, step: Any) -> Any:
         """Ask for the digits of a block of outputs for a step."""

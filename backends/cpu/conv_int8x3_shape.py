@@ -6,13 +6,7 @@ from dataclasses import dataclass
 
 from cnnc.backends.cpu.conv_shape import ConvShape
 
-__all__ = ["IN_A_STEP", "TILES", "DigitParams", "slices_of"]
-
-IN_A_STEP = 4
-"""Blocks of input channels that a product of tiles adds up."""
-
-TILES = 2
-"""Tiles of pixels whose sums are in registers: three each."""
+__all__ = ["DigitParams", "slices_of"]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from cnnc.backends.cpu.shuffle import Shuffle
 from cnnc.backends.cpu.softmax import SoftmaxTemplate
 from cnnc.backends.cpu.unpool import Unpool
 from cnnc.backends.cpu.winograd import Winograd
+from cnnc.backends.cpu.winograd_int8x3 import WinogradInt8x3
 from cnnc.backends.lower.template import Template
 from cnnc.errors import VerifyError
 
@@ -29,6 +30,7 @@ TEMPLATES: tuple[Template, ...] = (
     ConvBf16x3(),
     ConvInt8x3(),
     Winograd(),
+    WinogradInt8x3(),
     Depthwise(),
     Pool(),
     GlobalPool(),

@@ -78,7 +78,7 @@ def cost(shape: WinogradShape, params: WinogradParams, machine: Machine) -> floa
     fresh = machine.turns(slices, params.oc_slices) / machine.turns(slices)
     transforms = positions * params.tiles * (fresh * INPUT_CYCLES * conv.ic_blocks + OUTPUT_CYCLES * blocks)
     if conv.prologue:
-        transforms += fresh * _prologue_cycles(shape, machine) * params.tiles
+        transforms += fresh * prologue_cycles(shape, machine) * params.tiles
     compute = products + transforms
 
     weights = conv.weight_bytes * shape.vertical.weights * shape.horizontal.weights * channels * blocks * conv.block
@@ -168,7 +168,7 @@ GATHERED_CYCLES = 1.5
 """Cycles to load and store a vector of input on its way through a prologue."""
 
 
-def _prologue_cycles(shape: WinogradShape, machine: Machine) -> float:
+def prologue_cycles(shape: WinogradShape, machine: Machine) -> float:
     """Count the cycles in which the input of a tile is computed; tiles overlap, so most is computed again."""
     vectors = shape.conv.ic_blocks * shape.vertical.inputs * shape.horizontal.inputs
     return vectors * (GATHERED_CYCLES + shape.conv.prologue / machine.fma_ports)

@@ -47,8 +47,13 @@ class WinogradLoops:
         """Make the PrimFunc."""
         t = self.t
         chunks = -(-self.shape.tiles // self.params.tiles)
-        body = t.sequence(t.alloc(self.data), t.parallel(chunks * self.params.oc_slices, self._slice))
+        kept = (t.alloc(buffer) for buffer in self._kept())
+        body = t.sequence(*kept, t.parallel(chunks * self.params.oc_slices, self._slice))
         return t.function([*self.body.inputs, self.y, self.previous], body)
+
+    def _kept(self) -> list[Any]:
+        """Give the buffers that a slice leaves to the next, which may be of the same chunk."""
+        return [self.data]
 
     def _slice(self, index: Any) -> Any:
         """Compute a part of the output channels of a chunk of tiles, a group of blocks at a time.
@@ -87,36 +92,40 @@ class WinogradLoops:
 
     def _inputs(self, first: Any, tiles: Any) -> Any:
         """Transform the input tiles of a chunk; the rest of its last register tile repeats the last."""
-        t, shape, v, h = self.t, self.shape, self.vertical, self.horizontal
+        t, params = self.t, self.params
 
         def one(channel: Any, number: Any) -> Any:
-            last = tirx.min(first + number, t.const(shape.tiles - 1))
-            image, tile_row, tile_column = self._place(last)
-            row, column = tile_row * v.step - shape.conv.pad[0], tile_column * h.step - shape.conv.pad[1]
-            at = (image, channel)
-            into = channel * self.params.tiles + number
+            return self._input_tile(channel, first + number, channel * params.tiles + number)
 
-            def from_input(r: int, s: Any) -> Any:
-                return t.load(self.x, *at, row + r, column + s, 0, lanes=shape.conv.block)
+        blocks, covered = self.shape.conv.ic_blocks, self._covered(tiles)
+        return t.loop(blocks, lambda c: t.loop(covered, lambda i: one(c, i), "tile"), "ic")
 
-            def from_patch(r: int, s: Any) -> Any:
-                return t.load(self.patch, r * h.inputs + s, 0, lanes=shape.conv.block)
+    def _input_tile(self, channel: Any, tile: Any, into: Any) -> Any:
+        """Transform a block of channels of an input tile, or of the last there is, to place `into` of each position."""
+        t, shape, v, h = self.t, self.shape, self.vertical, self.horizontal
+        image, tile_row, tile_column = self._place(tirx.min(tile, t.const(shape.tiles - 1)))
+        row, column = tile_row * v.step - shape.conv.pad[0], tile_column * h.step - shape.conv.pad[1]
+        at = (image, channel)
 
-            def from_column(r: int, s: Any) -> Any:
-                return t.load(self.column, r, 0, lanes=shape.conv.block)
+        def from_input(r: int, s: Any) -> Any:
+            return t.load(self.x, *at, row + r, column + s, 0, lanes=shape.conv.block)
 
-            def computed(s: Any) -> Any:
-                return t.sequence(*(self._compute(self.column, r, (*at, row + r, column + s)) for r in range(v.inputs)))
+        def from_patch(r: int, s: Any) -> Any:
+            return t.load(self.patch, r * h.inputs + s, 0, lanes=shape.conv.block)
 
-            inside = tirx.all(row >= 0, column >= 0, row + v.inputs <= shape.conv.h, column + h.inputs <= shape.conv.w)
-            border = t.sequence(self._gather(at, row, column), self._transform_input(from_patch, into))
-            if not shape.has_inner_tiles:
-                return border
-            if self.x is None:
-                return t.when(inside, self._transform_input(from_column, into, computed), border)
-            return t.when(inside, self._transform_input(from_input, into), border)
+        def from_column(r: int, s: Any) -> Any:
+            return t.load(self.column, r, 0, lanes=shape.conv.block)
 
-        return t.loop(shape.conv.ic_blocks, lambda c: t.loop(self._covered(tiles), lambda i: one(c, i), "tile"), "ic")
+        def computed(s: Any) -> Any:
+            return t.sequence(*(self._compute(self.column, r, (*at, row + r, column + s)) for r in range(v.inputs)))
+
+        inside = tirx.all(row >= 0, column >= 0, row + v.inputs <= shape.conv.h, column + h.inputs <= shape.conv.w)
+        border = t.sequence(self._gather(at, row, column), self._transform_input(from_patch, into))
+        if not shape.has_inner_tiles:
+            return border
+        if self.x is None:
+            return t.when(inside, self._transform_input(from_column, into, computed), border)
+        return t.when(inside, self._transform_input(from_input, into), border)
 
     def _covered(self, tiles: Any) -> Any:
         """Give how many tiles the register tiles that hold `tiles` cover."""

@@ -105,6 +105,7 @@ from cnnc.ops.unary import (
 )
 from cnnc.ops.unpool import ArgMaxPool, MaxUnpool, TapUnpool
 from cnnc.ops.winograd import WinogradWeight
+from cnnc.ops.winograd_digit_conv import WinogradDigitConv
 
 __all__ = [
     "Abs",
@@ -234,6 +235,7 @@ __all__ = [
     "Tile",
     "Transpose",
     "Where",
+    "WinogradDigitConv",
     "WinogradWeight",
     "Xor",
     "constant",

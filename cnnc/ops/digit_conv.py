@@ -19,7 +19,7 @@ from cnnc.ops.numeric import check_vector, narrow
 DIGITS, TOGETHER = 3, 4
 """The digits of a weight, and the channels that lie beside each other: matrix units add up four products of int8."""
 
-_PLACES = (2.0**-7, 2.0**-15, 2.0**-23)
+PLACES = (2.0**-7, 2.0**-15, 2.0**-23)
 """What the digits count, the highest first, in units of an output."""
 
 
@@ -29,7 +29,7 @@ def digits_layout(block: int) -> Layout:
 
 
 def weight_digits(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Give the digits i8[O,ceil(I/4),3,4] of finite weights w[O,I,1,1], and the unit f32[O] of each output.
+    """Give the digits i8[O,ceil(I/4),3,4] of finite weights w[O,I,...], and the unit f32[O] of each output.
 
     The unit is the least power of two that no weight of the output reaches, once rounded to 24 bits of it.
     """
@@ -89,7 +89,7 @@ class DigitConv(Op):
 
     def reference(self, x: np.ndarray, d: np.ndarray, unit: np.ndarray, b: np.ndarray | None = None) -> np.ndarray:
         """Multiply by the weights that digits and units are."""
-        weights = np.einsum("oidj,d->oij", d.astype(np.float64), np.array(_PLACES)).reshape(len(d), -1)
+        weights = np.einsum("oidj,d->oij", d.astype(np.float64), np.array(PLACES)).reshape(len(d), -1)
         weights = weights[:, : x.shape[1]] * unit[:, None].astype(np.float64)
         y = np.einsum("oi,nihw->nohw", weights, x[:, :, :: self.stride[0], :: self.stride[1]].astype(np.float64))
         return narrow(y if b is None else y + widen(b).reshape(-1, 1, 1), x)
@@ -103,7 +103,7 @@ class DigitConv(Op):
         def products(n: Any, o: Any, h: Any, w: Any) -> Any:
             value = te.at(xs[0], x_type, n, channel, h * self.stride[0], w * self.stride[1])
             digits = (te.at(xs[1], d_type, o, channel // TOGETHER, k, channel % TOGETHER) for k in range(DIGITS))
-            terms = [te.cast(v, DType.F32) * te.const(p, DType.F32) for v, p in zip(digits, _PLACES, strict=True)]
+            terms = [te.cast(v, DType.F32) * te.const(p, DType.F32) for v, p in zip(digits, PLACES, strict=True)]
             return te.sum(value * (terms[0] + terms[1] + terms[2]), [channel])
 
         sums = tensor(te, out, products, "digit_conv", guard=False)

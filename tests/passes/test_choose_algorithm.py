@@ -219,6 +219,27 @@ def test_digits_golden(rng, golden):
     assert 0 < np.linalg.norm(got - wanted) <= 2e-7 * np.linalg.norm(wanted)
 
 
+def test_winograd_in_digits_golden(rng, golden):
+    y = conv(image(1, 256, 14, 14), weights(rng, 256, 256, 3, 3, label="w"), weights(rng, 256), pad=1)
+    graph = graph_of(call(Relu(), y))
+    done = ChooseAlgorithm().run(graph, TILES)
+    golden("choose_algorithm_winograd_digits", print_graph(graph) + print_graph(done))
+    x = rng.standard_normal((1, 256, 14, 14)).astype(np.float32)
+    (wanted,), (got,) = run(graph, [x], precise=True), run(done, [x], precise=True)
+    assert 0 < np.linalg.norm(got - wanted) <= 1e-6 * np.linalg.norm(wanted)
+
+
+def test_what_winograd_in_digits_takes(rng):
+    """Of stride 1, of few positions, and never where sums are to be exact or the budget is small."""
+    x, w = image(1, 256, 28, 28), weights(rng, 256, 256, 3, 3)
+    assert cheapest(conv(x, w, pad=1).node, TILES, 64.0) == "winograd4_int8x3"
+    assert cheapest(conv(x, w, pad=1).node, TILES, 24.0) == "winograd2_int8x3"
+    assert cheapest(conv(x, w, pad=1).node, TILES, 4.0) == "bf16x3"
+    assert not cheapest(conv(x, w, pad=1, stride=2).node, TILES, 64.0).endswith("int8x3")
+    assert cheapest(conv(x, weights(rng, 256, 256, 5, 5), pad=2).node, TILES, 64.0) != "winograd4_int8x3"
+    assert not cheapest(conv(x, w, pad=1).node, Target.parse("cpu:x86-64-v4"), 64.0).endswith("int8x3")
+
+
 def test_only_what_has_digits_is_split_into_them(rng):
     """Of one tap without padding, f32 that no type rounds, and weights that are known and no larger than usual."""
     x, w = image(1, 256, 14, 14), weights(rng, 256, 256, 1, 1)

@@ -20,6 +20,7 @@ from cnnc.ir.layout import Layout
 from cnnc.ir.types import DType, TensorType
 from cnnc.ops import Add, DigitConv, Fused, Input, Mul, Relu
 from cnnc.ops.digit_conv import digits_layout, weight_digits
+from cnnc.passes.algorithms import ALGORITHMS
 from tests.backends.cpu import tiles
 from tests.backends.cpu.conftest import TEST_CPU
 from tests.backends.cpu.test_conv_direct import reference
@@ -207,3 +208,18 @@ def test_equal_shapes_are_equal(call_kernel: Any, tile_cpu: Any) -> None:
     """A shape that is equal to an earlier one, but another object, is computed the same way."""
     for _ in range(2):
         check(call_kernel, tile_cpu, replace(SHAPES["strided"]), DigitParams(10, oc_blocks=1))
+
+
+@pytest.mark.parametrize("channels", [64, 576, 2048])
+@pytest.mark.parametrize("positive", [False, True])
+def test_the_error_of_numbers_of_one_size_is_as_stated(
+    call_kernel: Any, tile_cpu: Any, channels: int, positive: bool
+) -> None:
+    shape = ConvShape(1, channels, 8, 16, 32, 1, 1)
+    x, w = arrays(shape)
+    x = np.maximum(x, 0) if positive else x
+    zero = np.zeros(32, np.float32)
+    wanted, work = reference(shape, x, w, zero), reference(shape, np.abs(x), np.abs(w), zero)
+    error = np.abs(run(call_kernel, tile_cpu, shape, x, w) - wanted) / (np.finfo(np.float32).eps * work)
+    (algorithm,) = (a for a in ALGORITHMS if a.name == "int8x3")
+    assert 0 < error.max() <= algorithm.error
