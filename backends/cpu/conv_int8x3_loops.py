@@ -134,7 +134,7 @@ class DigitLoops:
     def _ask_for_weights(self, oc: Any, step: Any) -> Any:
         """Ask for the digits of a block of outputs for a step."""
         lines = DIGITS * TILE_ROWS
-        return loops.unrolled(
+        return loops.loop(
             lines,
             lambda line: loops.prefetch(self.weight, oc, step, line // TILE_ROWS, line % TILE_ROWS, 0, 0),
             "line",

@@ -8,7 +8,7 @@ from typing import Any
 from tvm import tirx
 
 from cnnc.backends.cpu.digit_products import IN_A_STEP
-from cnnc.backends.cpu.int8_digits import digits, larger, scale_of, unit_of
+from cnnc.backends.cpu.int8_digits import biased, digits, larger, scale_of, unit_of
 from cnnc.backends.cpu.machine import TILE_LINE
 from cnnc.backends.cpu.reduce_lanes import lane_max
 from cnnc.backends.lower import loops
@@ -30,6 +30,7 @@ def split_row(
     """
     biggest = loops.buffer("biggest", (TILE_LINE,), "int32", scope="local")
     most = loops.buffer("most", (1,), "int32", scope="local")
+    numbers = loops.buffer("numbers", (IN_A_STEP, TILE_LINE), "uint32", scope="local")
 
     def look(block: Any) -> Any:
         found = larger(loops.load(biggest, 0, lanes=TILE_LINE), read(block))
@@ -38,12 +39,17 @@ def split_row(
     def split(step: Any, present: int) -> Any:
         scale = tirx.Broadcast(scale_of(loops.load(most, 0)), TILE_LINE)
         vectors = [read(step * IN_A_STEP + j) if j < present else None for j in range(IN_A_STEP)]
-        return loops.sequence(*(put(step, digit, value) for digit, value in enumerate(digits(vectors, scale))))
+        found = digits([loops.load(numbers, j, 0, lanes=TILE_LINE) for j in range(IN_A_STEP)])
+        return loops.sequence(
+            *(loops.store(numbers, biased(v, scale), j, 0, lanes=TILE_LINE) for j, v in enumerate(vectors)),
+            *(put(step, digit, value) for digit, value in enumerate(found)),
+        )
 
     whole, left = divmod(blocks, IN_A_STEP)
     return loops.sequence(
         loops.alloc(biggest),
         loops.alloc(most),
+        loops.alloc(numbers),
         loops.store(biggest, tirx.Broadcast(tirx.const(0, "int32"), TILE_LINE), 0, lanes=TILE_LINE),
         loops.loop(blocks, look, "block"),
         loops.store(most, lane_max(loops.load(biggest, 0, lanes=TILE_LINE), TILE_LINE), 0),

@@ -20,7 +20,7 @@ from typing import Any
 
 from tvm import tirx
 
-__all__ = ["DIGITS", "PRODUCTS", "digits", "larger", "scale_of", "sums_scaled", "unit_of"]
+__all__ = ["DIGITS", "PRODUCTS", "biased", "digits", "larger", "scale_of", "sums_scaled", "unit_of"]
 
 DIGITS = 3
 
@@ -69,12 +69,17 @@ def _exponent(biggest: Any) -> Any:
     return tirx.max(tirx.bitwise_and(biggest, _same(_EXPONENT, "int32", lanes)), _same(_SMALLEST, "int32", lanes))
 
 
-def digits(vectors: Sequence[Any], scale: Any) -> list[Any]:
-    """Give the digits of four vectors of float32, the highest first: as vectors of uint32, four numbers in a lane.
+def biased(vector: Any | None, scale: Any) -> Any:
+    """Give q of a vector's numbers, their digits' signs off, as uint32; `scale` is a vector of 1 / s, None of zeros."""
+    if vector is None:
+        return _same(_HALVES, "uint32", 16)
+    halves = _same(float(_HALVES), "float32", 16)
+    return tirx.Cast("uint32x16", tirx.Cast("int32x16", tirx.nearbyint(vector * scale + halves)))
 
-    `scale` is a vector of 1 / s; None stands for a vector of zeros.
-    """
-    first, second, third, fourth = (_biased(vector, scale) for vector in vectors)
+
+def digits(vectors: Sequence[Any]) -> list[Any]:
+    """Give the digits of four vectors of `biased` numbers, the highest first: as uint32, four numbers in a lane."""
+    first, second, third, fourth = vectors
     even, odd = _same(0x00FF00FF, "uint32", 16), _same(0xFF00FF00, "uint32", 16)
     low, high = _same(0x0000FFFF, "uint32", 16), _same(0xFFFF0000, "uint32", 16)
 
@@ -94,14 +99,6 @@ def _in_order(mixed: Any) -> Any:
     """Put bytes in order, of which each lane has one of each of four vectors."""
     order = [tirx.const(4 * (number % 16) + number // 16, "int32") for number in range(64)]
     return tirx.reinterpret("uint32x16", tirx.Shuffle([tirx.reinterpret("uint8x64", mixed)], order))
-
-
-def _biased(vector: Any | None, scale: Any) -> Any:
-    """Give q of a vector's numbers, their digits' signs off: as uint32."""
-    if vector is None:
-        return _same(_HALVES, "uint32", 16)
-    halves = _same(float(_HALVES), "float32", 16)
-    return tirx.Cast("uint32x16", tirx.Cast("int32x16", tirx.nearbyint(vector * scale + halves)))
 
 
 def sums_scaled(sums: Sequence[Any], of_pixel: Any) -> Any:

@@ -90,7 +90,7 @@ class WinogradDigitLoops(WinogradLoops):
                 at = (*later, step, number // TILE_ROWS, number % TILE_ROWS, 0, 0)
                 return loops.prefetch(self.weight, *at)
 
-            return loops.when(tirx.EQ(group, 0), loops.unrolled(DIGITS * TILE_ROWS, line, "line"))
+            return loops.when(tirx.EQ(group, 0), loops.loop(DIGITS * TILE_ROWS, line, "line"))
 
         def scaled(number: Any) -> Any:
             sums = [

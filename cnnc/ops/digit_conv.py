@@ -34,18 +34,22 @@ def weight_digits(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     The unit is the least power of two that no weight of the output reaches, once rounded to 24 bits of it.
     """
     outputs, channels = w.shape[:2]
-    rows = w.reshape(outputs, channels).astype(np.float64)
+    rows = w.reshape(outputs, channels).astype(np.float32, copy=False)
     largest = np.abs(rows).max(axis=1, initial=0.0)
     exponent = np.frexp(largest)[1]
-    most = sum(127 << 8 * place for place in range(DIGITS))
-    exponent += np.rint(np.ldexp(largest, 23 - exponent)) > most
+    exponent += np.rint(np.ldexp(largest, 23 - exponent)) > _LARGEST
     exponent = np.maximum(exponent, -126)
-    numbers = np.rint(np.ldexp(rows, (23 - exponent)[:, None])).astype(np.int64)
-    halves = sum(128 << 8 * place for place in range(DIGITS))
-    shifted = np.pad(numbers + halves, ((0, 0), (0, -channels % TOGETHER)), constant_values=halves)
-    digits = np.stack([(shifted >> 8 * place & 255) - 128 for place in reversed(range(DIGITS))], axis=1)
-    digits = digits.reshape(outputs, DIGITS, -1, TOGETHER).transpose(0, 2, 1, 3)
-    return np.ascontiguousarray(digits.astype(np.int8)), np.ldexp(1.0, exponent).astype(np.float32)
+    # Scaled by a power of two, whole numbers below 2^24 are float32, too.
+    numbers = np.full((outputs, -(-channels // TOGETHER) * TOGETHER), _HALVES, "<i4")
+    numbers[:, :channels] += np.rint(np.ldexp(rows, (23 - exponent)[:, None])).astype(np.int32)
+    # 128 was added to each digit, so that none borrows from the next: their bytes have the sign bit flipped.
+    digits = (numbers ^ _HALVES).view(np.int8).reshape(outputs, -1, TOGETHER, 4)
+    digits = digits[..., DIGITS - 1 :: -1].swapaxes(2, 3)
+    return np.ascontiguousarray(digits), np.ldexp(np.float32(1.0), exponent).astype(np.float32)
+
+
+_HALVES, _LARGEST = 0x808080, 0x7F7F7F
+"""128 in each digit, and the largest number of three digits."""
 
 
 @dataclass(frozen=True)
