@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, prologue_flops
 from cnnc.backends.cpu.conv_int8x3_shape import DigitParams, slices_of
 from cnnc.backends.cpu.conv_shape import ConvShape
-from cnnc.backends.cpu.digit_products import IN_A_STEP, TILES
-from cnnc.backends.cpu.int8_digits import DIGITS, PRODUCTS
+from cnnc.backends.cpu.digit_sizes import DIGITS, IN_A_STEP, PRODUCTS, TILES
 from cnnc.backends.cpu.machine import TILE_LINE, TILE_ROWS, Machine
 from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.errors import VerifyError

@@ -10,10 +10,11 @@ from tvm import tirx
 from cnnc.backends.cpu import amx
 from cnnc.backends.cpu.conv_int8x3_shape import DigitParams, slices_of
 from cnnc.backends.cpu.conv_shape import ConvShape
-from cnnc.backends.cpu.digit_products import IN_A_STEP, TILES, digit_products
+from cnnc.backends.cpu.digit_products import digit_products
 from cnnc.backends.cpu.digit_rows import split_row
+from cnnc.backends.cpu.digit_sizes import DIGITS, IN_A_STEP, TILES
 from cnnc.backends.cpu.epilogue import SIDE_BY_SIDE, finish
-from cnnc.backends.cpu.int8_digits import DIGITS, sums_scaled
+from cnnc.backends.cpu.int8_digits import sums_scaled
 from cnnc.backends.cpu.machine import TILE_LINE, TILE_ROWS
 from cnnc.backends.lower import loops
 from cnnc.backends.lower.body import Body

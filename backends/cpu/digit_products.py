@@ -6,16 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from cnnc.backends.cpu import amx
-from cnnc.backends.cpu.int8_digits import DIGITS, PRODUCTS
+from cnnc.backends.cpu.digit_sizes import DIGITS, PRODUCTS
 from cnnc.backends.lower import loops
 
-__all__ = ["IN_A_STEP", "TILES", "A", "B", "digit_products"]
-
-IN_A_STEP = 4
-"""Blocks of input channels that a product of tiles adds up."""
-
-TILES = 2
-"""Tiles of rows whose sums are in registers: three each."""
+__all__ = ["digit_products"]
 
 A, B = 6, 7
 """The registers of a tile of input and one of weights, beside the sums."""

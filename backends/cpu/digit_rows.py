@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm import tirx
 
-from cnnc.backends.cpu.digit_products import IN_A_STEP
+from cnnc.backends.cpu.digit_sizes import IN_A_STEP
 from cnnc.backends.cpu.int8_digits import biased, digits, larger, scale_of, unit_of
 from cnnc.backends.cpu.machine import TILE_LINE
 from cnnc.backends.cpu.reduce_lanes import lane_max

@@ -20,15 +20,7 @@ from typing import Any
 
 from tvm import tirx
 
-__all__ = ["DIGITS", "PRODUCTS", "biased", "digits", "larger", "scale_of", "sums_scaled", "unit_of"]
-
-DIGITS = 3
-
-PRODUCTS: tuple[tuple[int, int], ...] = ((0, 2), (0, 1), (1, 1), (0, 0), (1, 0), (2, 0))
-"""Which digit of the one is multiplied by which of the other, the highest being 0; their sum is what they add to.
-
-Those with the same digit of the other follow each other.
-"""
+__all__ = ["biased", "digits", "larger", "scale_of", "sums_scaled", "unit_of"]
 
 _MAGNITUDE, _EXPONENT, _INFINITY = 0x7FFFFFFF, 0xFF << 23, 0xFF << 23
 _SMALLEST = 23 << 23

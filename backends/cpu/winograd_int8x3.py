@@ -30,8 +30,7 @@ from cnnc.backends.cpu.conv_int8x3 import (
     VECTOR_CYCLES,
 )
 from cnnc.backends.cpu.conv_shape import ConvShape
-from cnnc.backends.cpu.digit_products import IN_A_STEP, TILES
-from cnnc.backends.cpu.int8_digits import DIGITS, PRODUCTS
+from cnnc.backends.cpu.digit_sizes import DIGITS, IN_A_STEP, PRODUCTS, TILES
 from cnnc.backends.cpu.machine import TILE_LINE, TILE_ROWS, Machine
 from cnnc.backends.cpu.winograd import INPUT_CYCLES, MOST_OPERATIONS, OUTPUT_CYCLES, SLICE_CYCLES, prologue_cycles
 from cnnc.backends.cpu.winograd_shape import WinogradParams, WinogradShape

@@ -7,9 +7,10 @@ from typing import Any
 from tvm import tirx
 
 from cnnc.backends.cpu import amx
-from cnnc.backends.cpu.digit_products import IN_A_STEP, TILES, digit_products
+from cnnc.backends.cpu.digit_products import digit_products
 from cnnc.backends.cpu.digit_rows import split_row
-from cnnc.backends.cpu.int8_digits import DIGITS, sums_scaled
+from cnnc.backends.cpu.digit_sizes import DIGITS, IN_A_STEP, TILES
+from cnnc.backends.cpu.int8_digits import sums_scaled
 from cnnc.backends.cpu.machine import TILE_LINE, TILE_ROWS, Machine
 from cnnc.backends.cpu.winograd_loops import WinogradLoops
 from cnnc.backends.cpu.winograd_shape import WinogradParams, WinogradShape

@@ -79,7 +79,9 @@ def model_options(function: F) -> F:
         ),
         click.option("--passes", help='Run these passes instead, e.g. "fold_batch_norm,cse,fuse".'),
         click.option(
-            "--exact", is_flag=True, help="Add up the very products of each convolution: no Winograd, no f32 in parts."
+            "--exact",
+            is_flag=True,
+            help="Add up the very products of each convolution: no Winograd, no f32 in parts or digits.",
         ),
         click.option(
             "--weights",
