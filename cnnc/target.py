@@ -140,8 +140,8 @@ class Target:
 
     @property
     def multiplies_tiles(self) -> bool:
-        """Whether there are instructions that multiply tiles of bf16 numbers (AMX)."""
-        return "amx-bf16" in self.features
+        """Whether there are instructions that multiply tiles of bf16 numbers, and of int8 (AMX)."""
+        return {"amx-bf16", "amx-int8"} <= set(self.features)
 
     @property
     def multiplies_in_groups(self) -> bool:

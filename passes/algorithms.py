@@ -217,13 +217,18 @@ def _int8x3_applies(node: Node, target: Target) -> bool:
     op, w = node.op, array_of(node.inputs[1])
     if not _bf16x3_applies(node, target) or not isinstance(op, Conv) or w is None:
         return False
-    if w.dtype != np.float32 or w.shape[2:] != (1, 1) or any(op.pad):
-        return False
-    return bool(np.abs(w).max() < LARGEST_WEIGHT)
+    return w.shape[2:] == (1, 1) and not any(op.pad) and _has_digits(w)
 
 
-LARGEST_WEIGHT = 2.0**100
-"""Larger weights are none to expect, and near the largest float their unit would not be one."""
+def _has_digits(w: np.ndarray) -> bool:
+    """Whether weights are f32 of usual size, and of so few channels that sums of their digits stay in int32."""
+    return w.dtype == np.float32 and w.shape[1] <= MOST_CHANNELS and bool(np.abs(w).max() < LARGEST_WEIGHT)
+
+
+MOST_CHANNELS = 1 << 15
+
+LARGEST_WEIGHT = 2.0**40
+"""Larger weights are none to expect; by those, what tiny activations lose would be large."""
 
 
 def _int8x3_seconds(node: Node, target: Target, stored: DType) -> float:
@@ -250,7 +255,7 @@ def _digit_winograd_applies(tile: int) -> Applies:
         w = array_of(node.inputs[1])
         if not winograd_applies(node, target) or not _bf16x3_applies(node, target) or w is None:
             return False
-        if w.dtype != np.float32 or set(_stride(node)) != {1} or not np.abs(w).max() < LARGEST_WEIGHT:
+        if not _has_digits(w) or set(_stride(node)) != {1}:
             return False
         return math.prod(axis.positions for axis in transforms(tile, w.shape[2:], (1, 1))) <= MOST_POSITIONS
 

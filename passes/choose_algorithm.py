@@ -26,7 +26,7 @@ from cnnc.ir.rewrite import rewrite
 from cnnc.ir.types import DType, TensorType
 from cnnc.ops.conv import Conv
 from cnnc.ops.dense import Dense
-from cnnc.ops.digit_conv import DIGITS, DigitConv, weight_digits
+from cnnc.ops.digit_conv import DigitConv, digits_bytes, weight_digits
 from cnnc.ops.source import Constant, constant
 from cnnc.ops.winograd import WinogradWeight, winograd_tile
 from cnnc.ops.winograd_digit_conv import WinogradDigitConv, digit_tile, transformed_digits
@@ -190,8 +190,9 @@ def _added_bytes(algorithm: str, layer: Layer) -> int:
     assert isinstance(conv, Conv)
     type_ = weight.type if isinstance(weight, Value) else call(weight).type
     tile = digit_tile(algorithm)
-    if tile is not None:
-        return WinogradWeight(tile).infer(type_).elements * DIGITS - type_.nbytes
+    if tile is not None or algorithm == "int8x3":
+        u = type_ if tile is None else WinogradWeight(tile).infer(type_)
+        return digits_bytes(*u.static_shape) - type_.nbytes
     transform = _transform_of(algorithm, conv)
     return 0 if transform is None else transform.infer(type_).nbytes - type_.nbytes
 

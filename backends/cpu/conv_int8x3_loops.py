@@ -8,7 +8,7 @@ from typing import Any
 from tvm import tirx
 
 from cnnc.backends.cpu import amx
-from cnnc.backends.cpu.conv_int8x3_shape import DigitParams, slices_of
+from cnnc.backends.cpu.conv_int8x3_shape import DigitParams, lines_of, slices_of
 from cnnc.backends.cpu.conv_shape import ConvShape
 from cnnc.backends.cpu.digit_products import digit_products
 from cnnc.backends.cpu.digit_rows import split_row
@@ -38,7 +38,7 @@ class DigitLoops:
         self.pixels = shape.oh * shape.ow
         self.row_blocks, self.oc_slices = slices_of(shape, params)
         self.steps = -(-shape.ic_blocks // IN_A_STEP)
-        self.lines = -(-params.pixels // TILE_ROWS) * TILE_ROWS | 1
+        self.lines = lines_of(params.pixels)
         self.input = loops.buffer("input", (self.steps, DIGITS, self.lines, TILE_LINE), "uint32")
         self.units = loops.buffer("units", (params.pixels,))
         self.sums = loops.buffer("sums", (TILES, DIGITS, TILE_ROWS, TILE_LINE), "int32")

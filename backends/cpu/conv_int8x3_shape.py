@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cnnc.backends.cpu.conv_shape import ConvShape
+from cnnc.backends.cpu.digit_sizes import TILES
+from cnnc.backends.cpu.machine import TILE_ROWS
 
-__all__ = ["DigitParams", "slices_of"]
+__all__ = ["DigitParams", "lines_of", "slices_of"]
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,12 @@ class DigitParams:
 
     pixels: int
     oc_blocks: int
+
+
+def lines_of(rows: int) -> int:
+    """Give the lines of a digit of some rows: as many as tiles are loaded of, and an odd number for the sets of L1."""
+    together = TILE_ROWS if rows <= TILE_ROWS else TILES * TILE_ROWS
+    return -(-rows // together) * together | 1
 
 
 def slices_of(shape: ConvShape, params: DigitParams) -> tuple[int, int]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["DIGITS", "IN_A_STEP", "PRODUCTS", "TILES"]
+from cnnc.ops.digit_conv import DIGITS
 
-DIGITS = 3
+__all__ = ["DIGITS", "IN_A_STEP", "PRODUCTS", "TILES"]
 
 PRODUCTS: tuple[tuple[int, int], ...] = ((0, 2), (0, 1), (1, 1), (0, 0), (1, 0), (2, 0))
 """Which digit of the one is multiplied by which of the other, the highest being 0; their sum is what they add to.

@@ -4,9 +4,10 @@
     x y = s s' (2^32 h h' + 2^24 (h m' + m h') + 2^16 (h l' + m m' + l h') + what is left out)
 
 A row is what a sum of products runs over: all channels of a pixel, or all weights of an output.  Its s is as small as
-the largest of its numbers allows, so that q has 24 bits.  Products of digits are added up in int32, exactly.  An error
-is relative to the largest numbers of the rows, not to each: 2^-24 of them for rounding, and what is left out is of
-either sign, and below 2^-23.  So outputs are as good as the largest of their row need, as with Winograd's algorithm.
+the largest of its numbers allows, so that q has a sign and 23 bits.  Products of digits are added up in int32, exactly.
+An error is relative to the largest numbers of both rows, not to each: up to 2^-22 of their product for rounding, and up
+to 2^-21 for what is left out, of either sign.  Rows whose largest number is below 2^-104 have fewer bits.  So outputs
+are as good as the largest of their row need, as with Winograd's algorithm.
 
 Source: Ozaki, Ogita, Oishi and Rump, "Error-free transformations of matrix multiplication by using fast routines of
 matrix multiplication and its applications", Numerical Algorithms 59, 2012, section 2; on integer units as in Ootomo,

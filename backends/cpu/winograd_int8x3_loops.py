@@ -7,6 +7,7 @@ from typing import Any
 from tvm import tirx
 
 from cnnc.backends.cpu import amx
+from cnnc.backends.cpu.conv_int8x3_shape import lines_of
 from cnnc.backends.cpu.digit_products import digit_products
 from cnnc.backends.cpu.digit_rows import split_row
 from cnnc.backends.cpu.digit_sizes import DIGITS, IN_A_STEP, TILES
@@ -27,7 +28,7 @@ class WinogradDigitLoops(WinogradLoops):
         super().__init__(shape, params, machine, body)
         self.unit = self.body.operands[2]
         self.steps = -(-shape.conv.ic_blocks // IN_A_STEP)
-        lines = -(-params.tiles // TILE_ROWS) * TILE_ROWS | 1
+        lines = lines_of(params.tiles)
         self.data = loops.buffer("data", (shape.positions, shape.conv.ic_blocks | 1, TILE_LINE))
         """What is transformed of one tile."""
         self.digits = loops.buffer("digits", (shape.positions, self.steps, DIGITS, lines, TILE_LINE), "uint32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,6 +27,12 @@ PLACES = (2.0**-7, 2.0**-15, 2.0**-23)
 def digits_layout(block: int) -> Layout:
     """Give the layout of digits for images in blocks: for 16 of them, those of 16 outputs and 64 channels together."""
     return Layout(f"OIH{block}i{block}oW")
+
+
+def digits_bytes(outputs: int, channels: int, *positions: int) -> int:
+    """Count the bytes of digits and units of weights, as they lie in blocks of 16 outputs and 64 channels."""
+    rows = math.prod(positions) * (-(-outputs // 16) * 16)
+    return rows * (DIGITS * (-(-channels // 64) * 64) + 4)
 
 
 def weight_digits(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ import pytest
 
 from cnnc.backends.cpu import conv_int8x3
 from cnnc.backends.cpu.conv_int8x3 import ConvInt8x3, DigitParams
+from cnnc.backends.cpu.conv_int8x3_shape import lines_of
 from cnnc.backends.cpu.conv_shape import ConvShape
 from cnnc.backends.cpu.machine import AVX512
 from cnnc.backends.lower.template import schedule_of
@@ -223,3 +224,11 @@ def test_the_error_of_numbers_of_one_size_is_as_stated(
     error = np.abs(run(call_kernel, tile_cpu, shape, x, w) - wanted) / (np.finfo(np.float32).eps * work)
     (algorithm,) = (a for a in ALGORITHMS if a.name == "int8x3")
     assert 0 < error.max() <= algorithm.error
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 33, 49, 196, 784])
+def test_tiles_are_loaded_of_lines_there_are(rows: int) -> None:
+    """Two tiles at a time, but where one holds all rows."""
+    together = 16 if rows <= 16 else 32
+    assert lines_of(rows) >= -(-rows // together) * together
+    assert lines_of(rows) % 2 == 1
