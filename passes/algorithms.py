@@ -52,8 +52,8 @@ Seconds: TypeAlias = Callable[[Node, Target, DType], float]
 class Algorithm:
     """One way to compute a convolution: when it applies, what it costs, how large its error is.
 
-    `exact` says that it adds up the very products of the definition.  Its time counts as 1/`margin` of what it is: more
-    where it has drawbacks beside.
+    `exact` says that it adds up the very products of the definition, `rounds` that tiles may take what it multiplies
+    rounded to bf16.  Its time counts as 1/`margin` of what it is: more where it has drawbacks beside.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Algorithm:
     applies: Applies
     seconds: Seconds
     exact: bool = False
+    rounds: bool = False
     margin: float = 1.0
 
     @property
@@ -325,7 +326,14 @@ DIGIT_CYCLES, DIGIT_SPLIT_CYCLES, DIGIT_FINISH_CYCLES = 21.0, 9.0, 7.0
 
 ALGORITHMS: tuple[Algorithm, ...] = (
     Algorithm("direct", error=2.2, applies=lambda node, target: True, seconds=_direct_seconds, exact=True),
-    Algorithm("bf16x3", error=BF16X3_ERROR, applies=_bf16x3_applies, seconds=_bf16x3_seconds, margin=BF16X3_MARGIN),
+    Algorithm(
+        "bf16x3",
+        error=BF16X3_ERROR,
+        applies=_bf16x3_applies,
+        seconds=_bf16x3_seconds,
+        rounds=True,
+        margin=BF16X3_MARGIN,
+    ),
     Algorithm("int8x3", error=12.0, applies=_int8x3_applies, seconds=_int8x3_seconds, margin=INT8X3_MARGIN),
     Algorithm(
         "winograd2", error=12.0, applies=_winograd_applies(2), seconds=_winograd_seconds(2), margin=WINOGRAD_MARGIN

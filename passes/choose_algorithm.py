@@ -115,7 +115,7 @@ class ChooseAlgorithm(Pass):
     def _table(self, target: Target) -> tuple[Algorithm, ...]:
         """Give the algorithms that are allowed, with what is known of their speed."""
         table = gpu_algorithms(self.templates) if target.is_gpu else ALGORITHMS
-        return tuple(a for a in table if a.exact or not (self.exact or (self.dtype != "f32" and a.name != "bf16x3")))
+        return tuple(a for a in table if a.exact or not (self.exact or (self.dtype != "f32" and not a.rounds)))
 
     def _choices(self, graphs: Sequence[Graph], target: Target) -> dict[Layer, str]:
         """Give the algorithm of every layer."""
