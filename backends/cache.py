@@ -1,8 +1,8 @@
 """What earlier compiles found out, such as kernels and schedules, on disk, by the digest of everything they depend on.
 
-One entry is one file, written beside its place and renamed into it, so that a reader sees all of it or none, and
-any number of writers may race.  An entry carries a digest of itself and the key it was made for; what does not
-match, belongs to another user or is no plain file is never served.  Nothing is unpickled.
+One entry is one file, written in a folder for unfinished ones and renamed into its place, so that a reader sees all of
+it or none, and any number of writers may race.  An entry carries a digest of itself and the key it was made for; what
+does not match, belongs to another user or is no plain file is never served.  Nothing is unpickled.
 
 The folder is `$CNNC_CACHE_DIR/kernels`, or one in the user's cache folder.  A folder that cannot be used costs time,
 never a compile: `note` then says why.
@@ -28,7 +28,7 @@ _MAGIC = b"cnnc cache 2\n"
 _DIGEST_BYTES = 32
 _KEY = re.compile(r"[0-9a-f]{64}")
 _STALE_SECONDS = 3600
-_TEMPORARY = ".new-"
+_UNFINISHED = "unfinished"
 
 _log = logging.getLogger("cnnc.cache")
 
@@ -71,9 +71,11 @@ class DiskCache:
         path = self._path(key)
         if path is None or not self._writable:
             return
+        unfinished = path.parent.parent / _UNFINISHED
         try:
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-            _publish(path, _sealed(key, content))
+            for folder in (path.parent, unfinished):
+                folder.mkdir(mode=0o700, exist_ok=True)
+            _publish(path, _sealed(key, content), unfinished)
         except OSError as error:
             self._writable = False
             self._say(f"nothing is cached: {error.strerror} ({path.parent})")
@@ -124,19 +126,16 @@ class DiskCache:
             raise ValueError(f"cache key {key!r} is no SHA-256 in hex")
         return None if self._folder is None else self._folder / key[:2] / key
 
-    def _files(self) -> Iterator[Path]:
-        if self._folder is not None:
-            yield from self._folder.glob("??/*")
-
     def _entries(self) -> Iterator[Path]:
-        return (path for path in self._files() if _KEY.fullmatch(path.name))
+        files = () if self._folder is None else self._folder.glob("??/*")
+        return (path for path in files if _KEY.fullmatch(path.name))
 
     def _leftovers(self, older_than: float) -> Iterator[Path]:
-        """Yield the temporary files of writers that did not finish."""
+        """Yield the files of writers that did not finish; they are apart, so that no compile looks at all entries."""
         limit = time.time() - older_than
-        for path in self._files():
+        for path in () if self._folder is None else self._folder.glob(f"{_UNFINISHED}/*"):
             with contextlib.suppress(OSError):
-                if path.name.startswith(_TEMPORARY) and path.stat().st_mtime <= limit:
+                if path.stat().st_mtime <= limit:
                     yield path
 
 
@@ -191,9 +190,9 @@ def _read_own_file(path: Path) -> bytes:
         return file.read()
 
 
-def _publish(path: Path, data: bytes) -> None:
-    """Write a file so that it appears whole or not at all."""
-    descriptor, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
+def _publish(path: Path, data: bytes, unfinished: Path) -> None:
+    """Write a file so that it appears whole or not at all; until then it is in another folder beside that of `path`."""
+    descriptor, temporary = tempfile.mkstemp(dir=unfinished)
     try:
         with open(descriptor, "wb") as file:
             file.write(data)

@@ -34,11 +34,11 @@ from typing import TypeAlias
 
 import numpy as np
 
-from cnnc.ir.graph import Node
+from cnnc.ir.graph import Node, Value
 from cnnc.ir.types import DType
 from cnnc.ops.conv import Conv
 from cnnc.ops.winograd import Transform, is_supported, transforms, winograd_tile
-from cnnc.passes.constants import array_of
+from cnnc.passes.constants import largest_of
 from cnnc.passes.kernel_seconds import kernel_seconds
 from cnnc.passes.tile import KernelTemplate
 from cnnc.target import Target
@@ -163,14 +163,17 @@ def _winograd_applies(tile: int) -> Applies:
     """Say of a float32 image convolution whether it has known, finite weights, matrices and enough channels."""
 
     def applies(node: Node, target: Target) -> bool:
-        op, x, w = node.op, node.inputs[0].type, array_of(node.inputs[1])
-        if not isinstance(op, Conv) or w is None or not x.is_static or x.rank != 4 or x.dtype is not DType.F32:
+        op, x, w = node.op, node.inputs[0].type, node.inputs[1]
+        if not isinstance(op, Conv) or not w.type.is_static or x.rank != 4 or x.dtype is not DType.F32:
             return False
-        if max(w.shape[2:]) == 1 or any(s != 1 for s in (*op.dilation, op.groups)):
+        if not x.is_static or node.types[0].elements == 0:
             return False
-        if not all(map(is_supported, (tile,) * 2, w.shape[2:], op.stride)):
+        outputs, channels, *kernel = w.type.static_shape
+        if max(kernel) == 1 or any(s != 1 for s in (*op.dilation, op.groups)):
             return False
-        return min(w.shape[:2]) >= FEWEST_CHANNELS and node.types[0].elements > 0 and bool(np.isfinite(w).all())
+        if not all(map(is_supported, (tile,) * 2, kernel, op.stride)):
+            return False
+        return min(outputs, channels) >= FEWEST_CHANNELS and math.isfinite(largest_of(w))
 
     return applies
 
@@ -181,12 +184,12 @@ FEWEST_CHANNELS = 16
 
 def _bf16x3_applies(node: Node, target: Target) -> bool:
     """Say of a float32 image convolution of one group whether it has known, finite weights and enough channels."""
-    op, x, w = node.op, node.inputs[0].type, array_of(node.inputs[1])
-    if not target.multiplies_tiles or not isinstance(op, Conv) or w is None or not x.is_static or x.rank != 4:
+    op, x, w = node.op, node.inputs[0].type, node.inputs[1]
+    if not target.multiplies_tiles or not isinstance(op, Conv) or not x.is_static or x.rank != 4:
         return False
     if op.groups > 1 or x.dtype is not DType.F32 or node.types[0].elements == 0:
         return False
-    return w.shape[1] >= PAIR and bool(np.isfinite(w).all())
+    return w.type.static_shape[1] >= PAIR and math.isfinite(largest_of(w))
 
 
 PAIR = 32
@@ -215,15 +218,16 @@ def _tile_seconds(tiles: int, pixels: int, pairs: int, taps: int, oc_blocks: int
 
 def _int8x3_applies(node: Node, target: Target) -> bool:
     """Say of a float32 image convolution whether it is 1x1, and of enough channels with known, moderate weights."""
-    op, w = node.op, array_of(node.inputs[1])
-    if not _bf16x3_applies(node, target) or not isinstance(op, Conv) or w is None:
+    op, w = node.op, node.inputs[1]
+    if not _bf16x3_applies(node, target) or not isinstance(op, Conv):
         return False
-    return w.shape[2:] == (1, 1) and not any(op.pad) and _has_digits(w)
+    return w.type.shape[2:] == (1, 1) and not any(op.pad) and _has_digits(w)
 
 
-def _has_digits(w: np.ndarray) -> bool:
+def _has_digits(w: Value) -> bool:
     """Whether weights are f32 of usual size, and of so few channels that sums of their digits stay in int32."""
-    return w.dtype == np.float32 and w.shape[1] <= MOST_CHANNELS and bool(np.abs(w).max() < LARGEST_WEIGHT)
+    few = w.type.static_shape[1] <= MOST_CHANNELS
+    return w.type.dtype is DType.F32 and few and largest_of(w) < LARGEST_WEIGHT
 
 
 MOST_CHANNELS = 1 << 15
@@ -253,12 +257,13 @@ def _digit_winograd_applies(tile: int) -> Applies:
     winograd_applies = _winograd_applies(tile)
 
     def applies(node: Node, target: Target) -> bool:
-        w = array_of(node.inputs[1])
-        if not winograd_applies(node, target) or not _bf16x3_applies(node, target) or w is None:
+        w = node.inputs[1]
+        if not winograd_applies(node, target) or not _bf16x3_applies(node, target):
             return False
         if not _has_digits(w) or set(_stride(node)) != {1}:
             return False
-        return math.prod(axis.positions for axis in transforms(tile, w.shape[2:], (1, 1))) <= MOST_POSITIONS
+        kernel = w.type.static_shape[2:]
+        return math.prod(axis.positions for axis in transforms(tile, kernel, (1, 1))) <= MOST_POSITIONS
 
     return applies
 
@@ -296,14 +301,14 @@ def is_for_tiles(node: Node, target: Target, stored: DType) -> bool:
 
     The weight is packed in any case, so graphs that share it need not agree.
     """
-    x, w = node.inputs[0].type, array_of(node.inputs[1])
-    if not target.multiplies_tiles or w is None or x.dtype is not DType.F32 or not x.is_static:
+    x, w = node.inputs[0].type, node.inputs[1]
+    if not target.multiplies_tiles or not w.type.is_static or x.dtype is not DType.F32 or not x.is_static:
         return False
-    (outputs, inputs), rows = w.shape, math.prod(x.static_shape[:-1])
-    if rows < FEWEST_ROWS or not inputs or inputs % 16 or outputs % 16 or not np.isfinite(w).all():
+    (outputs, inputs), rows = w.type.static_shape, math.prod(x.static_shape[:-1])
+    if rows < FEWEST_ROWS or not inputs or inputs % 16 or outputs % 16 or not math.isfinite(largest_of(w)):
         return False
     seconds = _tile_seconds(-(-rows // 16), rows, -(-inputs // PAIR), 1, outputs // 16, stored)
-    return seconds < BF16X3_MARGIN * 2.0 * rows * w.size / (2 * target.vector_lanes * FMA_A_SECOND)
+    return seconds < BF16X3_MARGIN * 2.0 * rows * w.type.elements / (2 * target.vector_lanes * FMA_A_SECOND)
 
 
 FEWEST_ROWS = 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,6 +16,11 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 def array_of(v: Value) -> Array | None:
     """Give the (logical) array of a constant, None for any other value."""
     return v.op.value.array if isinstance(v.op, Constant) else None
+
+
+def largest_of(v: Value) -> float:
+    """Give the largest magnitude in a constant, not finite where any is not; NaN for any other value."""
+    return v.op.value.largest if isinstance(v.op, Constant) else math.nan
 
 
 def scalar_of(v: Value) -> float | None:

@@ -36,6 +36,12 @@ class Literal:
         return state.hexdigest()
 
     @cached_property
+    def largest(self) -> float:
+        """The largest magnitude, 0 if there are no elements: not finite where any of them is not."""
+        # NaN is both the least and the largest to numpy.
+        return max(abs(float(self.array.min(initial=0))), abs(float(self.array.max(initial=0))))
+
+    @cached_property
     def _sample(self) -> bytes:
         """Every so-and-so-many-th element."""
         flat = self.array.reshape(-1)

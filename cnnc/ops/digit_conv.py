@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -42,18 +43,32 @@ def weight_digits(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     outputs, channels = w.shape[:2]
     rows = w.reshape(outputs, channels).astype(np.float32, copy=False)
-    largest = np.abs(rows).max(axis=1, initial=0.0)
+    largest = np.maximum(rows.max(axis=1, initial=0.0), -rows.min(axis=1, initial=0.0))
     exponent = np.frexp(largest)[1]
     exponent += np.rint(np.ldexp(largest, 23 - exponent)) > _LARGEST
     exponent = np.maximum(exponent, -126)
-    # Scaled by a power of two, whole numbers below 2^24 are float32, too.
-    numbers = np.full((outputs, -(-channels // TOGETHER) * TOGETHER), _HALVES, "<i4")
-    numbers[:, :channels] += np.rint(np.ldexp(rows, (23 - exponent)[:, None])).astype(np.int32)
-    # 128 was added to each digit, so that none borrows from the next: their bytes have the sign bit flipped.
-    digits = (numbers ^ _HALVES).view(np.int8).reshape(outputs, -1, TOGETHER, 4)
-    digits = digits[..., DIGITS - 1 :: -1].swapaxes(2, 3)
-    return np.ascontiguousarray(digits), np.ldexp(np.float32(1.0), exponent).astype(np.float32)
+    digits = np.empty((outputs, -(-channels // TOGETHER), DIGITS, TOGETHER), np.int8)
+    step = max(_NEAR // max(channels, 1), 1)
+    for first in range(0, outputs, step):
+        some = slice(first, first + step)
+        # Scaled by a power of two, whole numbers below 2^24 are float32, too.
+        _write_digits(np.rint(np.ldexp(rows[some], (23 - exponent[some])[:, None])), digits[some])
+    return digits, np.ldexp(np.float32(1.0), exponent).astype(np.float32)
 
+
+def _write_digits(rows: np.ndarray, digits: np.ndarray) -> None:
+    """Write the digits of whole numbers below 2^23, one by one, so that each copy is of as many as there are."""
+    numbers = np.full((len(rows), digits.shape[1] * TOGETHER), _HALVES, "<i4")
+    numbers[:, : rows.shape[1]] += rows.astype(np.int32)
+    # 128 was added to each digit, so that none borrows from the next: their bytes have the sign bit flipped.
+    numbers ^= _HALVES
+    parts = numbers.view(np.int8).reshape(len(rows), -1, TOGETHER, 4)
+    for digit, place in itertools.product(range(DIGITS), range(TOGETHER)):
+        digits[:, :, digit, place] = parts[:, :, place, DIGITS - 1 - digit]
+
+
+_NEAR = 1 << 16
+"""Weights that are split at a time: what is made of them on the way stays in a core's cache."""
 
 _HALVES, _LARGEST = 0x808080, 0x7F7F7F
 """128 in each digit, and the largest number of three digits."""

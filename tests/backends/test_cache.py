@@ -35,6 +35,10 @@ def entry(cache: DiskCache) -> Path:
     return folder / KEY[:2] / KEY
 
 
+def unfinished(cache: DiskCache) -> Path:
+    return entry(cache).parent.parent / "unfinished"
+
+
 def test_gives_back_what_was_put(cache: DiskCache) -> None:
     cache.write(KEY, content())
     assert cache.read(KEY) == content()
@@ -132,7 +136,7 @@ def test_a_failing_write_leaves_nothing_behind(cache: DiskCache, monkeypatch: py
     monkeypatch.setattr(os, "replace", refuse)
     cache.write(KEY, content())
     assert "No space left on device" in (cache.note or "")
-    assert list(entry(cache).parent.iterdir()) == []
+    assert list(entry(cache).parent.iterdir()) == list(unfinished(cache).iterdir()) == []
 
 
 def test_sixteen_writers_and_readers(cache: DiskCache) -> None:
@@ -153,23 +157,24 @@ def test_sixteen_writers_and_readers(cache: DiskCache) -> None:
     assert all(k in contents for k in seen)
     assert cache.status().entries == 1
     assert [path.name for path in entry(cache).parent.iterdir()] == [KEY]
+    assert list(unfinished(cache).iterdir()) == []
 
 
 def test_status_and_clear(cache: DiskCache) -> None:
     cache.write(KEY, content())
     cache.write(OTHER, content(1))
-    (entry(cache).parent / ".new-dead").write_text("half")
+    (unfinished(cache) / "dead").write_text("half")
     status = cache.status()
     assert status.entries == 2
     assert status.bytes > 10_000
     assert cache.clear() == 2
     assert cache.status().entries == 0
-    assert not (entry(cache).parent / ".new-dead").exists()
+    assert not (unfinished(cache) / "dead").exists()
 
 
 def test_what_a_dead_writer_left_is_swept(cache: DiskCache) -> None:
     cache.write(KEY, content())
-    old, young = entry(cache).parent / ".new-old", entry(cache).parent / ".new-young"
+    old, young = unfinished(cache) / "old", unfinished(cache) / "young"
     for path in (old, young):
         path.write_text("half")
     os.utime(old, (0, 0))

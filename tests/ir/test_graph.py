@@ -118,6 +118,14 @@ def test_every_element_of_a_literal_counts(rng: np.random.Generator):
         assert Literal(a) != Literal(b)
 
 
+@pytest.mark.parametrize(
+    ("numbers", "largest"),
+    [([], 0.0), ([2.0, -3.0], 3.0), ([1.0, -np.inf], np.inf), ([1.0, np.nan, 5.0], np.nan), ([-0.0], 0.0)],
+)
+def test_the_largest_magnitude_of_a_literal(numbers: list[float], largest: float):
+    np.testing.assert_equal(Literal(np.array(numbers, np.float32)).largest, largest)
+
+
 def test_literals_cannot_be_written():
     literal = Literal(np.zeros((2, 3), np.float32).T)
     assert literal.array.flags.c_contiguous
