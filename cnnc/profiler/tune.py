@@ -248,13 +248,17 @@ def _unevenness(slices: int, threads: int) -> float:
 
 
 def _is_timed(kernel: Fused, setting: Setting) -> bool:
-    """Whether a kernel can be timed on random numbers: one output, all f32, or weights of 16 bits among it.
+    """Whether a kernel can be timed on random numbers: one output, all f32, weights of 16 bits or digits among it.
 
     Every kernel with a choice is so today.
     """
     types = [value.type for value in (*kernel.body.inputs, *kernel.body.outputs)]
-    wide = all(t.dtype is DType.F32 or (i in setting.weights and t.dtype in NARROW) for i, t in enumerate(types))
-    return len(kernel.body.outputs) == 1 and wide and all(t.is_static for t in types)
+    known = all(t.dtype is DType.F32 or (i in setting.weights and t.dtype in _STORED) for i, t in enumerate(types))
+    return len(kernel.body.outputs) == 1 and known and all(t.is_static for t in types)
+
+
+_STORED = (*NARROW, DType.I8)
+"""What weights may be stored in, beside f32."""
 
 
 def _setting(node: Node, position: Mapping[Value, int], traffic: int) -> Setting:
