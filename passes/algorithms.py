@@ -241,12 +241,15 @@ def _int8x3_seconds(node: Node, target: Target, stored: DType) -> float:
     if stored is not DType.F32:
         return math.inf
     n, oc, height, width = node.types[0].static_shape
-    ic, pixels = node.inputs[1].type.static_shape[1], n * height * width
-    oc_blocks = -(-oc // 16)
-    products = 6 * -(-pixels // 16) * -(-ic // 64) * oc_blocks * DIGIT_CYCLES
-    moved = pixels * (-(-ic // 16) * DIGIT_SPLIT_CYCLES + oc_blocks * DIGIT_FINISH_CYCLES)
-    seconds = (products + moved) / CYCLES_A_SECOND
-    return _together(seconds, _reading(3.0 * ic * oc, target)) + _moving(node, target)
+    return _digit_seconds(n * height * width, node.inputs[1].type.static_shape[1], oc, target) + _moving(node, target)
+
+
+def _digit_seconds(rows: int, inputs: int, outputs: int, target: Target) -> float:
+    """Give the seconds to split rows, to multiply them by digits of weights, which are read, and to scale the sums."""
+    blocks = -(-outputs // 16)
+    products = 6 * -(-rows // 16) * -(-inputs // 64) * blocks * DIGIT_CYCLES
+    moved = rows * (-(-inputs // 16) * DIGIT_SPLIT_CYCLES + blocks * DIGIT_FINISH_CYCLES)
+    return _together((products + moved) / CYCLES_A_SECOND, _reading(3.0 * inputs * outputs, target))
 
 
 def _digit_winograd_applies(tile: int) -> Applies:
@@ -301,14 +304,45 @@ def is_for_tiles(node: Node, target: Target, stored: DType) -> bool:
 
     The weight is packed in any case, so graphs that share it need not agree.
     """
+    if not _fills_tiles(node, target):
+        return False
+    return _dense_bf16x3_seconds(node, stored) < BF16X3_MARGIN * _dense_seconds(node, target)
+
+
+def is_for_digits(node: Node, target: Target) -> bool:
+    """Whether such a layer takes less time yet in int8 digits, which its weight, f32, is then stored in."""
+    if not _fills_tiles(node, target) or not _has_digits(node.inputs[1]):
+        return False
+    rows, inputs, outputs = _dense_sizes(node)
+    others = min(_dense_bf16x3_seconds(node, DType.F32), _dense_seconds(node, target))
+    reading = _reading(4.0 * inputs * outputs, target)
+    return _digit_seconds(rows, inputs, outputs, target) < INT8X3_MARGIN * _together(others, reading)
+
+
+def _fills_tiles(node: Node, target: Target) -> bool:
     x, w = node.inputs[0].type, node.inputs[1]
     if not target.multiplies_tiles or not w.type.is_static or x.dtype is not DType.F32 or not x.is_static:
         return False
-    (outputs, inputs), rows = w.type.static_shape, math.prod(x.static_shape[:-1])
-    if rows < FEWEST_ROWS or not inputs or inputs % 16 or outputs % 16 or not math.isfinite(largest_of(w)):
+    rows, inputs, outputs = _dense_sizes(node)
+    if rows < FEWEST_ROWS or not inputs or inputs % 16 or outputs % 16:
         return False
-    seconds = _tile_seconds(-(-rows // 16), rows, -(-inputs // PAIR), 1, outputs // 16, stored)
-    return seconds < BF16X3_MARGIN * 2.0 * rows * w.type.elements / (2 * target.vector_lanes * FMA_A_SECOND)
+    return math.isfinite(largest_of(w))
+
+
+def _dense_sizes(node: Node) -> tuple[int, int, int]:
+    """Give the rows of a fully connected layer, its inputs and its outputs."""
+    outputs, inputs = node.inputs[1].type.static_shape
+    return math.prod(node.inputs[0].type.static_shape[:-1]), inputs, outputs
+
+
+def _dense_seconds(node: Node, target: Target) -> float:
+    rows, inputs, outputs = _dense_sizes(node)
+    return 2.0 * rows * inputs * outputs / (2 * target.vector_lanes * FMA_A_SECOND)
+
+
+def _dense_bf16x3_seconds(node: Node, stored: DType) -> float:
+    rows, inputs, outputs = _dense_sizes(node)
+    return _tile_seconds(-(-rows // 16), rows, -(-inputs // PAIR), 1, outputs // 16, stored)
 
 
 FEWEST_ROWS = 16
@@ -316,15 +350,16 @@ FEWEST_ROWS = 16
 
 BF16X3_ERROR, BF16X3_MARGIN = 2.2, 0.95
 
+INT8X3_ERROR, INT8X3_MARGIN = 12.0, 0.9
+"""In units in the last place of the work; and of the time of others, int8 digits must take less than this to be worth
+their error."""
+
 CYCLES_A_SECOND = 3.0e9
 """Cycles of a core in which it gives `FMA_A_SECOND`."""
 
 TILE_CYCLES, SPLIT_CYCLES, SPLIT_WEIGHTS = 23.0, 45.0, 130.0
 """Cycles for a product of tiles, to split 32 numbers into parts and use them for few products, and what splitting a
 tile of weights adds."""
-
-INT8X3_MARGIN = 0.9
-"""Of the time of others, int8 digits must take less than this to be worth their error."""
 
 DIGIT_CYCLES, DIGIT_SPLIT_CYCLES, DIGIT_FINISH_CYCLES = 21.0, 9.0, 7.0
 """Cycles for a product of tiles of digits, to split a vector of input, and to scale a vector of sums and store it."""
@@ -339,7 +374,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
         rounds=True,
         margin=BF16X3_MARGIN,
     ),
-    Algorithm("int8x3", error=12.0, applies=_int8x3_applies, seconds=_int8x3_seconds, margin=INT8X3_MARGIN),
+    Algorithm("int8x3", error=INT8X3_ERROR, applies=_int8x3_applies, seconds=_int8x3_seconds, margin=INT8X3_MARGIN),
     Algorithm(
         "winograd2", error=12.0, applies=_winograd_applies(2), seconds=_winograd_seconds(2), margin=WINOGRAD_MARGIN
     ),

@@ -14,7 +14,7 @@ of a graph's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TypeAlias
@@ -27,15 +27,18 @@ from cnnc.ir.types import DType, TensorType
 from cnnc.ops.conv import Conv
 from cnnc.ops.dense import Dense
 from cnnc.ops.digit_conv import DigitConv, digits_bytes, weight_digits
+from cnnc.ops.digit_dense import DigitDense
 from cnnc.ops.source import Constant, constant
 from cnnc.ops.winograd import WinogradWeight, winograd_tile
 from cnnc.ops.winograd_digit_conv import WinogradDigitConv, digit_tile, transformed_digits
 from cnnc.passes.algorithms import (
     ALGORITHMS,
     BF16X3_ERROR,
+    INT8X3_ERROR,
     MOST_ROUNDING,
     Algorithm,
     gpu_algorithms,
+    is_for_digits,
     is_for_tiles,
     rounding,
 )
@@ -89,9 +92,12 @@ class ChooseAlgorithm(Pass):
         if target.is_gpu and not (f32 and self.templates):
             return tuple(graphs)
         chosen = self._choices(graphs, target)
-        return tuple(self._apply(graph, target, chosen, shared=len(graphs) > 1) for graph in graphs)
+        digits = self._dense_digits(graphs, target)
+        return tuple(self._apply(graph, target, chosen, digits, shared=len(graphs) > 1) for graph in graphs)
 
-    def _apply(self, graph: Graph, target: Target, chosen: Mapping[Layer, str], shared: bool) -> Graph:
+    def _apply(
+        self, graph: Graph, target: Target, chosen: Mapping[Layer, str], digits: Collection[Op], shared: bool
+    ) -> Graph:
         tiles = not self.exact and self.budget >= BF16X3_ERROR
 
         def choose_algorithm(v: Value) -> Value | None:
@@ -106,11 +112,21 @@ class ChooseAlgorithm(Pass):
                     transform = _transform_of(best, conv)
                     weight = w if transform is None else call(transform, w)
                     return call(replace(conv, algorithm=best), x, weight, *bias)
+                case Node(Dense(algorithm="direct"), (x, w, *bias)) if w.op in digits:
+                    return _dense_in_digits(x, w, bias)
                 case Node(Dense(algorithm="direct") as dense) if tiles and is_for_tiles(v.node, target, self.weights):
                     return call(replace(dense, algorithm="bf16x3"), *v.inputs)
             return None
 
         return rewrite(graph, (choose_algorithm,))
+
+    def _dense_digits(self, graphs: Sequence[Graph], target: Target) -> set[Op]:
+        """Give the weights of fully connected layers that are stored in digits: all layers of all graphs gain."""
+        if self.exact or self.budget < INT8X3_ERROR or self.dtype != "f32" or self.weights is not DType.F32:
+            return set()
+        layers = [node for graph in graphs for node in graph.nodes if isinstance(node.op, Dense)]
+        others = {node.inputs[1].op for node in layers if not is_for_digits(node, target)}
+        return {node.inputs[1].op for node in layers} - others
 
     def _table(self, target: Target) -> tuple[Algorithm, ...]:
         """Give the algorithms that are allowed, with what is known of their speed."""
@@ -159,6 +175,13 @@ def _in_digits(conv: Conv, tile: int | None, x: Value, w: Value, bias: Sequence[
         op = WinogradDigitConv(tile, (height, width), (conv.pad[0], conv.pad[1], conv.pad[2], conv.pad[3]))
         digits, unit = transformed_digits(WinogradWeight(tile).reference(weight))
     return call(op, x, constant(digits, label=w.op.label), constant(unit), *bias)
+
+
+def _dense_in_digits(x: Value, w: Value, bias: Sequence[Value]) -> Value:
+    """Give a fully connected layer with its weight, a constant, in digits."""
+    assert isinstance(w.op, Constant), "only known weights have digits"
+    digits, unit = weight_digits(w.op.value.array)
+    return call(DigitDense(), x, constant(digits, label=w.op.label), constant(unit), *bias)
 
 
 def _room(graph: Graph, growth: float) -> float:

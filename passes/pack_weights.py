@@ -1,10 +1,12 @@
 """Declare weights packed, as kernels read them: of fully connected layers, and on GPUs of Winograd's algorithm.
 
     dense(x, w) -> dense(x, w in OI16o)                         for FEWEST_ROWS rows of x or more
+    digit_dense(x, d, unit) -> digit_dense(x, d in OIH16i16oW, unit)
     conv{algorithm=winograd4}(x, u) -> conv(x, u in HWIO4o)     for a plain x on a GPU
 
-The block is two vectors, or four.  A layer of fewer rows is bound by reading its weight, for which plain rows are as
-good; so where graphs for several batch sizes share a weight, it is packed if it is worth it for any of them.
+The block is two vectors, or four; digits are packed as matrix units multiply them.  A layer of fewer rows is bound by
+reading its weight, for which plain rows are as good; so where graphs for several batch sizes share a weight, it is
+packed if it is worth it for any of them.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from cnnc.ir.types import DType
 from cnnc.ops.blocked import packed_block, weight_layout
 from cnnc.ops.conv import Conv
 from cnnc.ops.dense import Dense
+from cnnc.ops.digit_conv import digits_layout
+from cnnc.ops.digit_dense import DigitDense
 from cnnc.ops.source import Constant
 from cnnc.ops.winograd import winograd_rows_layout
 from cnnc.passes.registry import Pass
@@ -54,6 +58,8 @@ class PackWeights(Pass):
         block = self.block or packed_block(target.vector_lanes)
 
         def pack(node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
+            if isinstance(node.op, DigitDense) and isinstance(inputs[1].op, Constant) and inputs[1].type.layout is None:
+                return _with_weight_in(digits_layout(target.vector_lanes), node, inputs)
             if not is_worth_it(node):
                 return rebuild(node, inputs)
             return _with_weight_in(weight_layout(2, 1, block), node, inputs)

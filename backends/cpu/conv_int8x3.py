@@ -101,7 +101,7 @@ def build(shape: ConvShape, params: DigitParams, body: Body) -> Any:
     """Make the kernel: a PrimFunc of the body's inputs and the output; the operands begin with x and weight."""
     from cnnc.backends.cpu.conv_int8x3_loops import DigitLoops
 
-    return DigitLoops(shape, params, body).function()
+    return DigitLoops(shape, params, body, shape.output_shape).function()
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,12 @@ AHEAD = 6
 
 
 class DigitLoops:
-    """Writes the loop nest of one convolution."""
+    """Writes the loop nest of one convolution, whose output is of a physical shape."""
 
-    def __init__(self, shape: ConvShape, params: DigitParams, body: Body) -> None:
+    def __init__(self, shape: ConvShape, params: DigitParams, body: Body, output: tuple[int, ...]) -> None:
         self.shape = shape
         self.params = params
-        self.body = body.bind(shape.output_shape)
+        self.body = body.bind(output)
         self.x, self.weight = self.body.operands[:2]
         self.y = self.body.output()
         self.previous = loops.previous_slice()
@@ -83,14 +83,15 @@ class DigitLoops:
 
         def compute(block: Any) -> Any:
             def lane(c: Any) -> Any:
-                return loops.store(self.computed, self.body.operand((image, block, row, column, c)), block, c)
+                value = self.body.operand(self._input_at(image, block, row, column, c))
+                return loops.store(self.computed, value, block, c)
 
             return loops.vectorized(TILE_LINE, lane)
 
         def read(block: Any) -> Any:
             if self.x is None:
                 return loops.load(self.computed, block, 0, lanes=TILE_LINE)
-            return loops.load(self.x, image, block, row, column, 0, lanes=TILE_LINE)
+            return loops.load(self.x, *self._input_at(image, block, row, column, 0), lanes=TILE_LINE)
 
         def before(block: Any) -> Any:
             if self.x is None:
@@ -105,7 +106,7 @@ class DigitLoops:
     def _ask_for_pixel(self, image: Any, block: Any, pixel: Any) -> Any:
         """Ask for a block of channels of a pixel: those of one lie far apart, which hardware does not foresee."""
         ow, (down, across) = self.shape.ow, self.shape.stride
-        return loops.prefetch(self.x, image, block, pixel // ow * down, pixel % ow * across, 0)
+        return loops.prefetch(self.x, *self._input_at(image, block, pixel // ow * down, pixel % ow * across, 0))
 
     # Multiplying
 
@@ -164,6 +165,11 @@ class DigitLoops:
             return finish([(p,) for p in range(together)], shape.block, value, store)
 
         return loops.loop(count // together, lambda number: some(number * together), "pixel")
+
+    # Where things lie
+
+    def _input_at(self, image: Any, block: Any, row: Any, column: Any, lane: Any) -> tuple[Any, ...]:
+        return (image, block, row, column, lane)
 
     def _output_at(self, image: Any, oc: Any, pixel: Any, lane: Any) -> tuple[Any, ...]:
         return (image, oc, pixel // self.shape.ow, pixel % self.shape.ow, lane)

@@ -10,6 +10,7 @@ from cnnc.backends.cpu.conv_bf16x3 import ConvBf16x3
 from cnnc.backends.cpu.conv_direct import ConvDirect
 from cnnc.backends.cpu.conv_int8x3 import ConvInt8x3
 from cnnc.backends.cpu.dense_bf16x3 import DenseBf16x3
+from cnnc.backends.cpu.dense_int8x3 import DenseInt8x3
 from cnnc.backends.cpu.depthwise import Depthwise
 from cnnc.backends.cpu.gemm import DenseTemplate
 from cnnc.backends.cpu.gemm_packed import PackedDense
@@ -37,6 +38,7 @@ TEMPLATES: tuple[Template, ...] = (
     DenseTemplate(),
     PackedDense(),
     DenseBf16x3(),
+    DenseInt8x3(),
     MatMulTemplate(),
     AttentionTemplate(),
     NormTemplate(),

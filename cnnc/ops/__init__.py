@@ -27,6 +27,7 @@ from cnnc.ops.conv import Conv
 from cnnc.ops.conv_transpose import ConvTranspose
 from cnnc.ops.dense import Dense, MatMul
 from cnnc.ops.digit_conv import DigitConv
+from cnnc.ops.digit_dense import DigitDense
 from cnnc.ops.fused import Fused, Schedule
 from cnnc.ops.gather import Gather, GatherElements, GatherNd
 from cnnc.ops.layout_transform import LayoutTransform
@@ -143,6 +144,7 @@ __all__ = [
     "Dense",
     "DepthToSpace",
     "DigitConv",
+    "DigitDense",
     "Div",
     "Elu",
     "Equal",

@@ -74,6 +74,20 @@ _HALVES, _LARGEST = 0x808080, 0x7F7F7F
 """128 in each digit, and the largest number of three digits."""
 
 
+def weights_of(digits: np.ndarray, channels: int) -> np.ndarray:
+    """Give the numbers w[...,O,I] that digits [...,O,ceil(I/4),3,4] are, in units of their outputs, as float64."""
+    numbers: np.ndarray = np.einsum("...ikj,k->...ij", digits.astype(np.float64), np.array(PLACES))
+    return numbers.reshape(*digits.shape[:-3], numbers.shape[-2] * TOGETHER)[..., :channels]
+
+
+def weight_at(te: Any, digits: Any, type_: TensorType, *index: Any) -> Any:
+    """Write one of these numbers, at [...,o,i], as float32."""
+    *others, channel = index
+    parts = (te.at(digits, type_, *others, channel // TOGETHER, k, channel % TOGETHER) for k in range(DIGITS))
+    high, middle, low = (te.cast(v, DType.F32) * te.const(p, DType.F32) for v, p in zip(parts, PLACES, strict=True))
+    return high + middle + low
+
+
 @dataclass(frozen=True)
 class DigitConv(Op):
     """Convolve with a 1x1 kernel of fixed-point weights.
@@ -115,8 +129,7 @@ class DigitConv(Op):
 
     def reference(self, x: np.ndarray, d: np.ndarray, unit: np.ndarray, b: np.ndarray | None = None) -> np.ndarray:
         """Multiply by the weights that digits and units are."""
-        weights = np.einsum("oidj,d->oij", d.astype(np.float64), np.array(PLACES)).reshape(len(d), -1)
-        weights = weights[:, : x.shape[1]] * unit[:, None].astype(np.float64)
+        weights = weights_of(d, x.shape[1]) * unit[:, None].astype(np.float64)
         y = np.einsum("oi,nihw->nohw", weights, x[:, :, :: self.stride[0], :: self.stride[1]].astype(np.float64))
         return narrow(y if b is None else y + widen(b).reshape(-1, 1, 1), x)
 
@@ -128,9 +141,7 @@ class DigitConv(Op):
 
         def products(n: Any, o: Any, h: Any, w: Any) -> Any:
             value = te.at(xs[0], x_type, n, channel, h * self.stride[0], w * self.stride[1])
-            digits = (te.at(xs[1], d_type, o, channel // TOGETHER, k, channel % TOGETHER) for k in range(DIGITS))
-            terms = [te.cast(v, DType.F32) * te.const(p, DType.F32) for v, p in zip(digits, PLACES, strict=True)]
-            return te.sum(value * (terms[0] + terms[1] + terms[2]), [channel])
+            return te.sum(value * weight_at(te, xs[1], d_type, o, channel), [channel])
 
         sums = tensor(te, out, products, "digit_conv", guard=False)
 

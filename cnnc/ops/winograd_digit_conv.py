@@ -15,7 +15,7 @@ from cnnc.ir.op import Example, Kind, Op, random_array
 from cnnc.ir.types import DType, TensorType
 from cnnc.ops.blocked import channel_block, channel_layout, every, fixed, plain_only, tensor
 from cnnc.ops.broadcast import widen
-from cnnc.ops.digit_conv import DIGITS, PLACES, TOGETHER, weight_digits
+from cnnc.ops.digit_conv import DIGITS, TOGETHER, weight_at, weight_digits, weights_of
 from cnnc.ops.numeric import check_vector, narrow
 from cnnc.ops.window import Window
 from cnnc.ops.winograd import TILES, WinogradWeight, is_supported, spatial_weight_tensor, transforms, winograd_conv
@@ -105,8 +105,7 @@ class WinogradDigitConv(Op):
 
     def reference(self, x: np.ndarray, d: np.ndarray, unit: np.ndarray, b: np.ndarray | None = None) -> np.ndarray:
         """Compute it by the algorithm, with the transformed weights that digits and units are."""
-        weights = np.einsum("poidj,d->poij", d.astype(np.float64), np.array(PLACES)).reshape(*d.shape[:2], -1)
-        weights = weights[:, :, : x.shape[1]] * unit[:, :, None].astype(np.float64)
+        weights = weights_of(d, x.shape[1]) * unit[:, :, None].astype(np.float64)
         u = np.moveaxis(weights, 0, 2).reshape(d.shape[1], x.shape[1], *self.positions)
         sizes = tuple(int(s) for s in self.window.output(self.name, x.shape[2:]) if isinstance(s, int))
         y = winograd_conv(x, u, self.tile, self.window, sizes)
@@ -122,9 +121,7 @@ class WinogradDigitConv(Op):
 
         def transformed(o: Any, i: Any, a: Any, b: Any) -> Any:
             at = a * columns + b
-            digits = (te.at(xs[1], d_type, at, o, i // TOGETHER, k, i % TOGETHER) for k in range(DIGITS))
-            terms = [te.cast(v, DType.F32) * te.const(p, DType.F32) for v, p in zip(digits, PLACES, strict=True)]
-            return (terms[0] + terms[1] + terms[2]) * te.at(xs[2], unit_type, at, o)
+            return weight_at(te, xs[1], d_type, at, o, i) * te.at(xs[2], unit_type, at, o)
 
         u = te.compute(u_type.static_shape, transformed, "transformed_weight")
         w_type = TensorType((outputs, channels, *self.kernel))

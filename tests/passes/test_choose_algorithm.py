@@ -12,7 +12,7 @@ from cnnc.ir.build import call
 from cnnc.ir.interp import run
 from cnnc.ir.text import print_graph
 from cnnc.ir.types import DType
-from cnnc.ops import Conv, MaxPool, Relu, WinogradWeight, constant, graph_input
+from cnnc.ops import Conv, Dense, DigitDense, MaxPool, Relu, WinogradWeight, constant, graph_input
 from cnnc.passes.algorithms import ALGORITHMS, Algorithm, rounding
 from cnnc.passes.choose_algorithm import ChooseAlgorithm, cheapest
 from cnnc.passes.fold_constants import FoldConstants
@@ -250,6 +250,51 @@ def test_only_what_has_digits_is_split_into_them(rng):
     found = [[node.op.name for node in choose.run(graph, TILES).nodes] for choose in narrow]
     assert not any("digit_conv" in names for names in found)
     assert "digit_conv" in [node.op.name for node in ChooseAlgorithm().run(graph, TILES).nodes]
+
+
+def layer(x, w):
+    return call(Dense(), x, w)
+
+
+def test_layers_of_many_rows_in_digits_golden(rng, golden):
+    x = graph_input("x", (2, 20, 192))
+    y = call(Dense(), x, weights(rng, 96, 192, label="w"), weights(rng, 96))
+    graph = graph_of(call(Relu(), y))
+    done = ChooseAlgorithm().run(graph, TILES)
+    golden("choose_algorithm_dense_digits", print_graph(graph) + print_graph(done))
+    rows = rng.standard_normal((2, 20, 192)).astype(np.float32)
+    (wanted,), (got,) = run(graph, [rows], precise=True), run(done, [rows], precise=True)
+    assert 0 < np.linalg.norm(got - wanted) <= 2e-7 * np.linalg.norm(wanted)
+
+
+def test_which_layers_are_in_digits(rng):
+    """Those of many rows and whole lines, f32 that no type rounds, and weights that are known and of usual size."""
+
+    def chosen(rows=64, inputs=192, outputs=384, scale=1.0, **options):
+        w = constant(rng.standard_normal((outputs, inputs)).astype(np.float32) * np.float32(scale))
+        done = ChooseAlgorithm(**options).run(graph_of(layer(graph_input("x", (rows, inputs)), w)), TILES)
+        node = done.outputs[0].node
+        return "int8x3" if isinstance(node.op, DigitDense) else node.op.algorithm
+
+    assert chosen() == "int8x3"
+    assert chosen(rows=8) == chosen(inputs=200) == chosen(outputs=100) == chosen(exact=True) == "direct"
+    assert chosen(scale=2.0**41) == chosen(budget=4.0) == "bf16x3"
+    assert chosen(weights=DType.BF16) == chosen(weights=DType.F16) == chosen(dtype="bf16") == "bf16x3"
+    assert chosen(scale=np.inf) == "direct"
+    computed = graph_of(layer(graph_input("x", (64, 192)), graph_input("w", (384, 192))))
+    assert ChooseAlgorithm().run(computed, TILES).outputs[0].op == Dense()
+
+
+def test_graphs_that_share_a_layer_store_its_weight_once(rng):
+    """In digits if all of them gain, else in none."""
+    w = weights(rng, 96, 192)
+
+    def names(*batches):
+        graphs = [graph_of(layer(graph_input("x", (batch, 192)), w)) for batch in batches]
+        return [graph.outputs[0].node.op.name for graph in ChooseAlgorithm().run_together(graphs, TILES)]
+
+    assert names(32, 64) == ["digit_dense", "digit_dense"]
+    assert names(1, 64) == ["dense", "dense"]
 
 
 def test_exact_forbids_tiles(rng):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from cnnc.ir.build import call
 from cnnc.ir.graph import Value
 from cnnc.ir.layout import Layout
 from cnnc.ir.text import print_graph
-from cnnc.ops import Dense, Relu, graph_input
+from cnnc.ops import Dense, DigitDense, Relu, constant, graph_input
+from cnnc.ops.digit_conv import weight_digits
 from cnnc.passes.pack_weights import PackWeights
 from cnnc.target import Target
 from tests.passes.graphs import check, graph_of, weights
@@ -40,6 +42,13 @@ def test_a_weight_that_is_computed_stays(rng):
 def test_the_block_can_be_chosen(rng):
     done = check(PackWeights(block=4), graph_of(call(Dense(), graph_input("x", (9, 8)), weights(rng, 5, 8))), rng)
     assert weight_of(done.outputs[0]) == Layout("OI4o")
+
+
+def test_digits_golden(rng, golden):
+    d, unit = weight_digits(rng.standard_normal((20, 8)).astype(np.float32))
+    graph = graph_of(call(DigitDense(), graph_input("x", (2, 5, 8)), constant(d), constant(unit)))
+    done = check(PackWeights(), graph, rng, target=Target.parse("cpu:sapphirerapids"))
+    golden("pack_weights_digits", print_graph(graph) + print_graph(done))
 
 
 @pytest.mark.parametrize("batches", [(9,), (1, 9)])

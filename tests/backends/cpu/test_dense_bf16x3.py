@@ -56,11 +56,11 @@ def test_rows_against_float64(
     assert np.linalg.norm(got - wanted) <= 4e-7 * np.linalg.norm(wanted)
 
 
-def test_a_layer_takes_tiles_unless_exact() -> None:
-    """The whole way of a layer of many rows, its residual added in the same kernel."""
+def test_a_layer_that_has_no_digits_is_in_parts_unless_exact() -> None:
+    """The whole way of a layer of many rows and large weights, its residual added in the same kernel."""
     rng = np.random.default_rng(0)
     x = graph_input("x", (2, 50, 192))
-    w = constant(rng.standard_normal((192, 192)).astype(np.float32) / 14)
+    w = constant(rng.standard_normal((192, 192)).astype(np.float32) * np.float32(2.0**41))
     y = call(Add(), call(Dense(), x, w, constant(rng.standard_normal(192).astype(np.float32))), x)
     graph = Graph("layer", (x,), (y,))
     data = rng.standard_normal((2, 50, 192)).astype(np.float32)
