@@ -77,17 +77,30 @@ def _spaces_of(shape: ConvShape, machine: Machine, width: int, vectors: int, cha
     oc_tiles = [count for count in (1, 2, 4, 8) if per_conv_group % count == 0]
     if shape.prologue and per_conv_group not in oc_tiles:
         oc_tiles.append(per_conv_group)
-    # Where few channels are read plain, LLVM unrolls a kernel row; with 32 registers it keeps all its weights there.
-    row = shape.kw if shape.plain_input and shape.kw > 1 and machine.broadcasts_from_memory else 0
 
     def fits(pixels: int, v: int) -> bool:
-        return machine.fits(pixels, v) and (pixels == 1 or row == 0 or (pixels + row) * v <= machine.registers)
+        return machine.fits(pixels, v) and _leaves_room(shape, pixels, v, machine)
 
     pixels = {max(p for p in range(1, machine.registers) if fits(p, v)) for v in range(1, min(vectors, 5) + 1)}
     yield from starmap(
         lambda p, o, r, outer: DirectParams(p, vectors, o, r, outer, width, channels),
         product(sorted(pixels), oc_tiles, rows, (0, 1) if groups > 1 and shape.oh > 1 else (1,)),
     )
+
+
+def _leaves_room(shape: ConvShape, pixels: int, vectors: int, machine: Machine) -> bool:
+    """Whether a register tile leaves room for the weights of a kernel row.
+
+    Where few channels are read plain, LLVM unrolls rows that are not too long; with 32 registers it keeps them there.
+    """
+    if not shape.plain_input or not machine.broadcasts_from_memory or not 1 < shape.kw <= LONGEST_UNROLLED:
+        return True
+    return pixels == 1 or (pixels + shape.kw) * vectors <= machine.registers
+
+
+LONGEST_UNROLLED, CROWDED = 16, 1.5
+"""The longest kernel rows that are unrolled, and by how much arithmetic takes longer where their weights push sums out
+of registers."""
 
 
 def _near_widths(shape: ConvShape, machine: Machine) -> list[int]:
@@ -147,6 +160,7 @@ def _row_cycles(shape: ConvShape, pixels: int, group: int, passes: int, machine:
             for run in segment.runs:
                 run_pixels = run.end - run.begin
                 step = machine.tile_cycles(run_pixels, vectors) + machine.load_cycles * (run_pixels + vectors)
+                step *= 1.0 if _leaves_room(shape, run_pixels, vectors, machine) else CROWDED
                 tile += terms * (run.last - run.first) * step
             cycles += tile * segment.count * count
     return cycles

@@ -235,3 +235,25 @@ def test_sums_stay_in_registers(block: int, cpu: str, kernel: int) -> None:
     for part in hot:
         through_stack = [line for line in part.splitlines() if "%rsp" in line and register in line]
         assert len(through_stack) <= part.count("vfmadd") // 12, "\n".join(through_stack)
+
+
+@pytest.mark.parametrize("patch", [14, 16])
+def test_sums_of_patches_stay_in_registers(patch: int) -> None:
+    """As vision transformers have them: the weights of an unrolled row must not push sums out."""
+    from cnnc.backends.cpu.codegen import compile_kernel
+    from cnnc.target import Target
+
+    shape = patches(patch)
+    body = plain_body(shape.operand_shapes, shape.output_shape)
+    func = conv_direct.build(shape, best(shape, MACHINES[16]), MACHINES[16], body)
+    assert compile_kernel(func, "kernel", Target.parse("cpu:x86-64-v4")).scratch_bytes == 0
+
+
+@pytest.mark.parametrize("patch", [4, 14, 16, 32])
+def test_patches_are_computed_several_at_a_time(patch: int) -> None:
+    assert best(patches(patch), MACHINES[16]).pixels > 1
+
+
+def patches(patch: int) -> ConvShape:
+    size = 14 * patch
+    return ConvShape(1, 3, size, size, 192, patch, patch, stride=(patch, patch), block=16, plain_input=True)
