@@ -217,20 +217,24 @@ def _tile_seconds(tiles: int, pixels: int, pairs: int, taps: int, oc_blocks: int
 
 
 def _int8x3_applies(node: Node, target: Target) -> bool:
-    """Say of a float32 image convolution whether it is 1x1, and of enough channels with known, moderate weights."""
-    op, w = node.op, node.inputs[1]
-    if not _bf16x3_applies(node, target) or not isinstance(op, Conv):
+    """Say of a float32 image convolution whether it is of enough channels, whole blocks, with known, moderate weights.
+
+    The blocks of 1x1 kernels may be filled up.
+    """
+    w = node.inputs[1]
+    if not _bf16x3_applies(node, target) or not _has_digits(w):
         return False
-    return w.type.shape[2:] == (1, 1) and not any(op.pad) and _has_digits(w)
+    _, channels, *kernel = w.type.static_shape
+    return max(kernel) == 1 or channels % 16 == 0
 
 
 def _has_digits(w: Value) -> bool:
     """Whether weights are f32 of usual size, and of so few channels that sums of their digits stay in int32."""
-    few = w.type.static_shape[1] <= MOST_CHANNELS
+    few = math.prod(w.type.static_shape[1:]) <= MOST_TERMS
     return w.type.dtype is DType.F32 and few and largest_of(w) < LARGEST_WEIGHT
 
 
-MOST_CHANNELS = 1 << 15
+MOST_TERMS = 1 << 15
 
 LARGEST_WEIGHT = 2.0**40
 """Larger weights are none to expect; by those, what tiny activations lose would be large."""
@@ -241,13 +245,14 @@ def _int8x3_seconds(node: Node, target: Target, stored: DType) -> float:
     if stored is not DType.F32:
         return math.inf
     n, oc, height, width = node.types[0].static_shape
-    return _digit_seconds(n * height * width, node.inputs[1].type.static_shape[1], oc, target) + _moving(node, target)
+    terms = math.prod(node.inputs[1].type.static_shape[1:])
+    return _digit_seconds(n * height * width, terms, oc, target) + _moving(node, target)
 
 
 def _digit_seconds(rows: int, inputs: int, outputs: int, target: Target) -> float:
     """Give the seconds to split rows, to multiply them by digits of weights, which are read, and to scale the sums."""
-    blocks = -(-outputs // 16)
-    products = 6 * -(-rows // 16) * -(-inputs // 64) * blocks * DIGIT_CYCLES
+    blocks, steps = -(-outputs // 16), -(-inputs // 64)
+    products = 6 * -(-rows // 16) * steps * blocks * (DIGIT_CYCLES if steps <= NEAR_STEPS else FAR_DIGIT_CYCLES)
     moved = rows * (-(-inputs // 16) * DIGIT_SPLIT_CYCLES + blocks * DIGIT_FINISH_CYCLES)
     return _together((products + moved) / CYCLES_A_SECOND, _reading(3.0 * inputs * outputs, target))
 
@@ -295,8 +300,8 @@ MOST_POSITIONS = 36
 """Positions in a tile, as those of 4x4 outputs of a 3x3 kernel."""
 
 FAR_DIGIT_CYCLES, ROW_CYCLES, DIGIT_OUTPUT_CYCLES = 40.0, 28.0, 20.0
-"""Cycles for a product of tiles of digits, of which few are by the same weights, to transform and split a vector of
-input, and to scale and transform one of sums back."""
+"""Cycles for a product of tiles of digits of which L1 keeps neither, to transform and split a vector of input, and to
+scale and transform one of sums back."""
 
 
 def is_for_tiles(node: Node, target: Target, stored: DType) -> bool:
@@ -363,6 +368,9 @@ tile of weights adds."""
 
 DIGIT_CYCLES, DIGIT_SPLIT_CYCLES, DIGIT_FINISH_CYCLES = 21.0, 9.0, 7.0
 """Cycles for a product of tiles of digits, to split a vector of input, and to scale a vector of sums and store it."""
+
+NEAR_STEPS = 12
+"""Steps of 64 numbers of a sum by which the weights of 16 outputs stay in L1."""
 
 ALGORITHMS: tuple[Algorithm, ...] = (
     Algorithm("direct", error=2.2, applies=lambda node, target: True, seconds=_direct_seconds, exact=True),

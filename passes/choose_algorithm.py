@@ -26,7 +26,7 @@ from cnnc.ir.rewrite import rewrite
 from cnnc.ir.types import DType, TensorType
 from cnnc.ops.conv import Conv
 from cnnc.ops.dense import Dense
-from cnnc.ops.digit_conv import DigitConv, digits_bytes, weight_digits
+from cnnc.ops.digit_conv import DigitConv, conv_digits, digits_bytes, weight_digits
 from cnnc.ops.digit_dense import DigitDense
 from cnnc.ops.source import Constant, constant
 from cnnc.ops.winograd import WinogradWeight, winograd_tile
@@ -169,12 +169,23 @@ def _in_digits(conv: Conv, tile: int | None, x: Value, w: Value, bias: Sequence[
     weight = w.op.value.array
     op: Op
     if tile is None:
-        op, (digits, unit) = DigitConv((conv.stride[0], conv.stride[1])), weight_digits(weight)
+        window = conv.window(w.type)
+        op = DigitConv(_pair(window.kernel), _pair(conv.stride), _four(conv.pad), _pair(conv.dilation))
+        digits, unit = conv_digits(weight)
     else:
-        *_, height, width = w.type.static_shape
-        op = WinogradDigitConv(tile, (height, width), (conv.pad[0], conv.pad[1], conv.pad[2], conv.pad[3]))
+        op = WinogradDigitConv(tile, _pair(w.type.static_shape[2:]), _four(conv.pad))
         digits, unit = transformed_digits(WinogradWeight(tile).reference(weight))
     return call(op, x, constant(digits, label=w.op.label), constant(unit), *bias)
+
+
+def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
+    (vertical, horizontal) = sizes
+    return vertical, horizontal
+
+
+def _four(pad: tuple[int, ...]) -> tuple[int, int, int, int]:
+    (top, left, bottom, right) = pad
+    return top, left, bottom, right
 
 
 def _dense_in_digits(x: Value, w: Value, bias: Sequence[Value]) -> Value:
@@ -214,8 +225,10 @@ def _added_bytes(algorithm: str, layer: Layer) -> int:
     type_ = weight.type if isinstance(weight, Value) else call(weight).type
     tile = digit_tile(algorithm)
     if tile is not None or algorithm == "int8x3":
-        u = type_ if tile is None else WinogradWeight(tile).infer(type_)
-        return digits_bytes(*u.static_shape) - type_.nbytes
+        outputs, channels, *kernel = type_.static_shape
+        if tile is None:
+            return digits_bytes(outputs, channels * math.prod(kernel)) - type_.nbytes
+        return digits_bytes(*WinogradWeight(tile).infer(type_).static_shape) - type_.nbytes
     transform = _transform_of(algorithm, conv)
     return 0 if transform is None else transform.infer(type_).nbytes - type_.nbytes
 

@@ -1,17 +1,25 @@
-"""1x1 convolution on AMX's matrix tiles, each float32 in three int8 digits, on blocked channels (NCHWc).
+"""Convolution on AMX's matrix tiles, each float32 in three int8 digits, on blocked channels (NCHWc).
 
-    y[p, o] = sum over channels c of x[p, c] * w[c, o]        in tiles of 16 pixels x 16 outputs, 64 channels at a time
+    y[p, o] = sum over taps k, channels c of x[p * stride - pad + k * dilation, c] * w[k, c, o]
 
-The digits are of fixed-point numbers with one scale for all channels of a pixel, and one for all weights of an output
-(see int8_digits.py), so that their products are added up in integers: six products of tiles for 64 channels, where
-parts in bf16 take twelve, and half the bytes to load.  The weights come as digits.  A slice splits its pixels once,
+in tiles of 16 pixels x 16 outputs, 64 numbers of the sum at a time.  The digits are of fixed-point numbers with one
+scale for all that a pixel of output is the sum of, and one for all weights of an output (see int8_digits.py), so that
+their products are added up in integers: six products of tiles for 64 channels, where parts in bf16 take twelve, and
+half the bytes to load.  The weights come as digits.
+
+A row is what a pixel's window sees, padding as zeros; with several taps, each number of the input is split for each
+window that sees it, which is little beside its products with all outputs.  A slice splits the rows of its pixels once,
 unless the slice before was of the same, and then goes through its blocks of output channels: the weights of a block
-stay in L1 while all pixels pass, and those of the next are asked for early.  Any stride; what is elementwise before the
+stay in L1 while all pixels pass, and those of the next are asked for early.  Any window; what is elementwise before the
 convolution is computed as its input is split.
+
+Source for rows in place of windows: Chellapilla, Puri and Simard, "High performance convolutional neural networks for
+document processing", IWFHR 2006, section 3.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +27,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from cnnc.backends.cpu.anchored import anchor_of, body_of, machine_of, prologue_flops
-from cnnc.backends.cpu.conv_int8x3_shape import DigitParams, slices_of
+from cnnc.backends.cpu.conv_int8x3_shape import DigitParams, row_blocks_of, slices_of
 from cnnc.backends.cpu.conv_shape import ConvShape
 from cnnc.backends.cpu.digit_sizes import DIGITS, IN_A_STEP, PRODUCTS, TILES
 from cnnc.backends.cpu.machine import TILE_LINE, TILE_ROWS, Machine
@@ -37,7 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["ConvInt8x3", "build", "cost", "space"]
 
 
-MOST_CHANNELS = 1 << 15
+MOST_TERMS = 1 << 15
 """With more, sums of three products of digits might be too large for int32."""
 
 
@@ -56,35 +64,45 @@ def cost(shape: ConvShape, params: DigitParams, machine: Machine) -> float:
     """Estimate the seconds the kernel takes on all threads of the machine."""
     row_blocks, oc_slices = slices_of(shape, params)
     slices = shape.n * row_blocks * oc_slices
-    steps = -(-shape.ic_blocks // IN_A_STEP)
-    groups = -(-params.pixels // (TILES * TILE_ROWS))
-    step_bytes = DIGITS * TILE_ROWS * 4.0 * TILE_LINE
-    near = steps * step_bytes <= NEAR_WEIGHTS * machine.l1
+    blocks = row_blocks_of(shape)
+    steps = -(-blocks // IN_A_STEP)
+    groups = _groups(shape, params) / row_blocks
+    block_bytes = steps * DIGITS * TILE_ROWS * 4.0 * TILE_LINE
+    near = block_bytes <= NEAR_WEIGHTS * machine.l1
     product_cycles = PRODUCT_CYCLES if near else FAR_PRODUCT_CYCLES
     data = DIGITS * 4.0 * TILE_LINE * steps * params.pixels
     product_cycles += FAR_DATA_CYCLES * min(max(data / machine.l2 - L2_SHARE, 0.0), 1.0)
     products = groups * (steps * len(PRODUCTS) * TILES * product_cycles + GROUP_CYCLES)
-    weights = steps * step_bytes / machine.memory_bytes
+    again = machine.stream_bytes / machine.l2_bytes if shape.oc_blocks * block_bytes + data < machine.l2 else 1.0
+    weights = block_bytes / machine.stream_bytes * (1.0 + again * (shape.n * row_blocks - 1)) / (shape.n * row_blocks)
     one = max(products, weights) + EXPOSED_WEIGHTS * min(products, weights)
     one += params.pixels * (FINISH_CYCLES + EXPOSED * 4.0 * shape.block / machine.memory_bytes)
-    pixel = PIXEL_CYCLES + shape.ic_blocks * (VECTOR_CYCLES + shape.prologue)
-    pixel += EXPOSED * 4.0 * shape.ic_blocks * shape.block / machine.memory_bytes
+    seen = min(shape.kh * shape.kw, shape.stride[0] * shape.stride[1]) * shape.ic_blocks
+    pixel = PIXEL_CYCLES + blocks * (VECTOR_CYCLES + shape.prologue)
+    pixel += EXPOSED * 4.0 * seen * shape.block / machine.memory_bytes
     total = (one * params.oc_blocks + SLICE_CYCLES) * machine.turns(slices)
     total += pixel * params.pixels * machine.turns(slices, oc_slices)
     return total * machine.sharing(slices) / machine.hertz
 
 
-PRODUCT_CYCLES, FAR_PRODUCT_CYCLES, FAR_DATA_CYCLES = 23.0, 32.0, 8.0
+def _groups(shape: ConvShape, params: DigitParams) -> int:
+    """Count the groups of tiles that an image's pixels are multiplied in."""
+    whole, left = divmod(shape.oh * shape.ow, params.pixels)
+    together = TILES * TILE_ROWS
+    return whole * -(-params.pixels // together) + -(-left // together)
+
+
+PRODUCT_CYCLES, FAR_PRODUCT_CYCLES, FAR_DATA_CYCLES = 23.0, 44.0, 30.0
 """Cycles of a product of tiles and the loads it needs, where the weights of a block stay in L1, and where not; and what
 is added where the pixels' digits leave L2."""
 
-NEAR_WEIGHTS, L2_SHARE = 0.8, 0.68
+NEAR_WEIGHTS, L2_SHARE = 0.8, 0.4
 """The share of L1 that the weights of a block may take, and the share of L2 that the pixels' digits may."""
 
 GROUP_CYCLES, SLICE_CYCLES = 100.0, 500.0
 """What starting two tiles of pixels costs, and a slice."""
 
-EXPOSED_WEIGHTS = 0.3
+EXPOSED_WEIGHTS = 0.8
 """The share of reading weights, or of the products beside, that the longer of both does not hide."""
 
 EXPOSED = 0.38
@@ -106,7 +124,7 @@ def build(shape: ConvShape, params: DigitParams, body: Body) -> Any:
 
 @dataclass(frozen=True)
 class ConvInt8x3:
-    """The template: 1x1 convolutions whose algorithm is `int8x3`, of one group, on blocks of 16 channels."""
+    """The template: `digit_conv` on blocks of 16 channels; with several taps, whole ones."""
 
     name: str = "conv_int8x3"
 
@@ -150,12 +168,21 @@ def _shape_of(kernel: Fused, target: Target) -> ConvShape | None:
     anchor = _anchor_of(kernel, target)
     if anchor is None or not isinstance(anchor.op, DigitConv):
         return None
-    x, block = anchor.inputs[0].type, TILE_LINE
-    if x.layout != channel_layout(4, block) or x.static_shape[1] > MOST_CHANNELS:
+    op, x, block = anchor.op, anchor.inputs[0].type, TILE_LINE
+    if x.layout != channel_layout(4, block):
         return None
     (n, ic, height, width), oc = x.static_shape, anchor.types[0].static_shape[1]
-    prologue = prologue_flops(kernel, anchor)
-    return ConvShape(n, ic, height, width, oc, 1, 1, stride=anchor.op.stride, block=block, prologue=prologue)
+    taps = math.prod(op.kernel)
+    if taps * ic > MOST_TERMS or (taps > 1 and ic % block):
+        return None
+    return ConvShape(
+        *(n, ic, height, width, oc, *op.kernel),
+        stride=op.stride,
+        pad=op.pad,
+        dilation=op.dilation,
+        block=block,
+        prologue=prologue_flops(kernel, anchor),
+    )
 
 
 def _anchor_of(kernel: Fused, target: Target) -> Node | None:

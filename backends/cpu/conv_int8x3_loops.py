@@ -1,14 +1,15 @@
-"""The loop nest of a 1x1 convolution in int8 digits on matrix tiles (see conv_int8x3.py for the method)."""
+"""The loop nest of a convolution in int8 digits on matrix tiles (see conv_int8x3.py for the method)."""
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 from tvm import tirx
 
 from cnnc.backends.cpu import amx
-from cnnc.backends.cpu.conv_int8x3_shape import DigitParams, lines_of, slices_of
+from cnnc.backends.cpu.conv_int8x3_shape import DigitParams, lines_of, row_blocks_of, slices_of
 from cnnc.backends.cpu.conv_shape import ConvShape
 from cnnc.backends.cpu.digit_products import digit_products
 from cnnc.backends.cpu.digit_rows import split_row
@@ -37,12 +38,13 @@ class DigitLoops:
         self.previous = loops.previous_slice()
         self.pixels = shape.oh * shape.ow
         self.row_blocks, self.oc_slices = slices_of(shape, params)
-        self.steps = -(-shape.ic_blocks // IN_A_STEP)
+        self.blocks = row_blocks_of(shape)
+        self.steps = -(-self.blocks // IN_A_STEP)
         self.lines = lines_of(params.pixels)
         self.input = loops.buffer("input", (self.steps, DIGITS, self.lines, TILE_LINE), "uint32")
         self.units = loops.buffer("units", (params.pixels,))
         self.sums = loops.buffer("sums", (TILES, DIGITS, TILE_ROWS, TILE_LINE), "int32")
-        self.computed = loops.buffer("computed", (shape.ic_blocks, TILE_LINE))
+        self.computed = loops.buffer("computed", (self.blocks, TILE_LINE))
 
     def function(self) -> Any:
         """Make the PrimFunc."""
@@ -77,13 +79,14 @@ class DigitLoops:
     # Digits of the input
 
     def _split_pixel(self, image: Any, first: Any, pixel: Any) -> Any:
-        """Write the digits of all channels of a pixel, and its unit."""
-        shape = self.shape
-        row, column = (first + pixel) // shape.ow * shape.stride[0], (first + pixel) % shape.ow * shape.stride[1]
+        """Write the digits of all channels of all taps of a pixel of output, and its unit."""
 
         def compute(block: Any) -> Any:
             def lane(c: Any) -> Any:
-                value = self.body.operand(self._input_at(image, block, row, column, c))
+                at, inside = self._tap_at(image, block, first + pixel, c)
+                value = self.body.operand(at)
+                if inside is not None:
+                    value = tirx.Select(inside, value, tirx.const(0, "float32"))
                 return loops.store(self.computed, value, block, c)
 
             return loops.vectorized(TILE_LINE, lane)
@@ -91,7 +94,12 @@ class DigitLoops:
         def read(block: Any) -> Any:
             if self.x is None:
                 return loops.load(self.computed, block, 0, lanes=TILE_LINE)
-            return loops.load(self.x, *self._input_at(image, block, row, column, 0), lanes=TILE_LINE)
+            at, inside = self._tap_at(image, block, first + pixel, 0)
+            value = loops.load(self.x, *at, lanes=TILE_LINE)
+            if inside is None:
+                return value
+            zero = tirx.Broadcast(tirx.const(0, "float32"), TILE_LINE)
+            return tirx.Select(tirx.Broadcast(inside, TILE_LINE), value, zero)
 
         def before(block: Any) -> Any:
             if self.x is None:
@@ -101,12 +109,29 @@ class DigitLoops:
         def put(step: Any, digit: int, value: Any) -> Any:
             return loops.store(self.input, value, step, digit, pixel, 0, lanes=TILE_LINE)
 
-        return split_row(shape.ic_blocks, read, put, lambda unit: loops.store(self.units, unit, pixel), before)
+        return split_row(self.blocks, read, put, lambda unit: loops.store(self.units, unit, pixel), before)
+
+    def _tap_at(self, image: Any, block: Any, pixel: Any, lane: Any) -> tuple[tuple[Any, ...], Any | None]:
+        """Say where a block of a pixel's row lies in the input, and whether there is such a place.
+
+        Where it is in the padding, the place given is another; None if no pixel has padding.
+        """
+        shape = self.shape
+        tap, channel = (block // shape.ic_blocks, block % shape.ic_blocks) if shape.kh * shape.kw > 1 else (0, block)
+        taps = (tap // shape.kw if shape.kw > 1 else tap, tap % shape.kw if shape.kw > 1 else 0)
+        row, above = _within(pixel // shape.ow * shape.stride[0] + taps[0] * shape.dilation[0], 0, shape)
+        column, beside = _within(pixel % shape.ow * shape.stride[1] + taps[1] * shape.dilation[1], 1, shape)
+        inside = [*above, *beside]
+        every = functools.reduce(tirx.And, inside) if inside else None
+        return self._input_at(image, channel, row, column, lane), every
 
     def _ask_for_pixel(self, image: Any, block: Any, pixel: Any) -> Any:
         """Ask for a block of channels of a pixel: those of one lie far apart, which hardware does not foresee."""
-        ow, (down, across) = self.shape.ow, self.shape.stride
-        return loops.prefetch(self.x, *self._input_at(image, block, pixel // ow * down, pixel % ow * across, 0))
+        if self.shape.kh * self.shape.kw > 1:
+            # Most of what a window reads, those before it have read.
+            return None
+        at, _ = self._tap_at(image, block, pixel, 0)
+        return loops.prefetch(self.x, *at)
 
     # Multiplying
 
@@ -173,3 +198,15 @@ class DigitLoops:
 
     def _output_at(self, image: Any, oc: Any, pixel: Any, lane: Any) -> tuple[Any, ...]:
         return (image, oc, pixel // self.shape.ow, pixel % self.shape.ow, lane)
+
+
+def _within(padded: Any, axis: int, shape: ConvShape) -> tuple[Any, list[Any]]:
+    """Give the place in the input of one in the padded input, moved inside, and the conditions that it is the same."""
+    begin, end, size = shape.pad[axis], shape.pad[axis + 2], (shape.h, shape.w)[axis]
+    at, conditions = padded - begin, []
+    if begin:
+        conditions.append(tirx.GE(at, loops.const(0)))
+    if end:
+        conditions.append(tirx.LT(at, loops.const(size)))
+    moved = tirx.max(at, loops.const(0)) if begin else at
+    return tirx.min(moved, loops.const(size - 1)) if end else moved, conditions

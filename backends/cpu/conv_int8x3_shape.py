@@ -1,4 +1,4 @@
-"""The sizes a 1x1 convolution in int8 digits is computed with."""
+"""The sizes a convolution in int8 digits is computed with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cnnc.backends.cpu.conv_shape import ConvShape
 from cnnc.backends.cpu.digit_sizes import TILES
 from cnnc.backends.cpu.machine import TILE_ROWS
 
-__all__ = ["DigitParams", "lines_of", "slices_of"]
+__all__ = ["DigitParams", "lines_of", "row_blocks_of", "slices_of"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,11 @@ def lines_of(rows: int) -> int:
     """Give the lines of a digit of some rows: as many as tiles are loaded of, and an odd number for the sets of L1."""
     together = TILE_ROWS if rows <= TILE_ROWS else TILES * TILE_ROWS
     return -(-rows // together) * together | 1
+
+
+def row_blocks_of(shape: ConvShape) -> int:
+    """Give the blocks of numbers that a sum runs over: of all channels, tap by tap."""
+    return shape.kh * shape.kw * shape.ic_blocks
 
 
 def slices_of(shape: ConvShape, params: DigitParams) -> tuple[int, int]:

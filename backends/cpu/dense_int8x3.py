@@ -88,7 +88,7 @@ def _find(kernel: Fused, target: Target) -> tuple[Node, DenseShape] | None:
         return None
     x, digits = anchor.inputs[0].type, anchor.inputs[1].type
     inputs, outputs = x.static_shape[-1], digits.static_shape[0]
-    if digits.layout != digits_layout(TILE_LINE) or inputs > conv_int8x3.MOST_CHANNELS:
+    if digits.layout != digits_layout(TILE_LINE) or inputs > conv_int8x3.MOST_TERMS:
         return None
     if inputs % TILE_LINE or outputs % TILE_LINE:
         return None

@@ -24,7 +24,7 @@ from cnnc.backends.cpu.conv_int8x3 import (
     FAR_PRODUCT_CYCLES,
     GROUP_CYCLES,
     L2_SHARE,
-    MOST_CHANNELS,
+    MOST_TERMS,
     NEAR_WEIGHTS,
     PRODUCT_CYCLES,
     VECTOR_CYCLES,
@@ -161,7 +161,7 @@ def _shape_of(kernel: Fused, target: Target) -> WinogradShape | None:
     if anchor is None or not isinstance(anchor.op, WinogradDigitConv):
         return None
     op, x, block = anchor.op, anchor.inputs[0].type, TILE_LINE
-    if x.layout != channel_layout(4, block) or x.static_shape[1] > MOST_CHANNELS:
+    if x.layout != channel_layout(4, block) or x.static_shape[1] > MOST_TERMS:
         return None
     (n, ic, height, width), oc = x.static_shape, anchor.types[0].static_shape[1]
     prologue = prologue_flops(kernel, anchor)

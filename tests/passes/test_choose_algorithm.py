@@ -235,15 +235,18 @@ def test_what_winograd_in_digits_takes(rng):
     assert cheapest(conv(x, w, pad=1).node, TILES, 64.0) == "winograd4_int8x3"
     assert cheapest(conv(x, w, pad=1).node, TILES, 24.0) == "winograd2_int8x3"
     assert cheapest(conv(x, w, pad=1).node, TILES, 4.0) == "bf16x3"
-    assert not cheapest(conv(x, w, pad=1, stride=2).node, TILES, 64.0).endswith("int8x3")
+    assert cheapest(conv(x, w, pad=1, stride=2).node, TILES, 64.0) == "int8x3"
     assert cheapest(conv(x, weights(rng, 256, 256, 5, 5), pad=2).node, TILES, 64.0) != "winograd4_int8x3"
     assert not cheapest(conv(x, w, pad=1).node, Target.parse("cpu:x86-64-v4"), 64.0).endswith("int8x3")
 
 
 def test_only_what_has_digits_is_split_into_them(rng):
-    """Of one tap without padding, f32 that no type rounds, and weights that are known and no larger than usual."""
+    """Of whole blocks if of several taps, f32 that no type rounds, weights that are known and no larger than usual."""
     x, w = image(1, 256, 14, 14), weights(rng, 256, 256, 1, 1)
-    assert cheapest(conv(x, w, pad=1).node, TILES, 64.0) == "bf16x3"
+    assert cheapest(conv(x, w, pad=1).node, TILES, 64.0) == "int8x3"
+    assert cheapest(conv(x, weights(rng, 256, 256, 3, 3), stride=2, pad=1).node, TILES, 64.0) == "int8x3"
+    beside = conv(image(1, 250, 14, 14), weights(rng, 256, 250, 3, 3), stride=2, pad=1)
+    assert cheapest(beside.node, TILES, 64.0) == "bf16x3"
     assert cheapest(conv(x, constant(np.full((256, 256, 1, 1), 2.0**41, np.float32))).node, TILES, 64.0) == "bf16x3"
     graph = graph_of(conv(x, w))
     narrow = [ChooseAlgorithm(weights=DType.BF16), ChooseAlgorithm(dtype="bf16"), ChooseAlgorithm(budget=4.0)]
@@ -300,11 +303,11 @@ def test_graphs_that_share_a_layer_store_its_weight_once(rng):
 def test_exact_forbids_tiles(rng):
     graph = graph_of(conv(image(1, 128, 28, 28), weights(rng, 128, 128, 3, 3), stride=2, pad=1))
 
-    def algorithms(exact):
-        done = check(ChooseAlgorithm(exact=exact), graph, rng, target=TILES)
+    def algorithms(**options):
+        done = check(ChooseAlgorithm(**options), graph, rng, target=TILES)
         return [node.op.algorithm for node in done.nodes if isinstance(node.op, Conv)]
 
-    assert algorithms(exact=False) == ["bf16x3"]
+    assert algorithms(budget=4.0) == ["bf16x3"]
     assert algorithms(exact=True) == ["direct"]
     digits = graph_of(conv(image(1, 256, 14, 14), weights(rng, 256, 256, 1, 1)))
     assert [node.op for node in ChooseAlgorithm(exact=True).run(digits, TILES).nodes][-1].algorithm == "direct"

@@ -20,7 +20,7 @@ from cnnc.ir.graph import Graph, Value
 from cnnc.ir.layout import Layout
 from cnnc.ir.types import DType, TensorType
 from cnnc.ops import Add, DigitConv, Fused, Input, Mul, Relu
-from cnnc.ops.digit_conv import digits_layout, weight_digits
+from cnnc.ops.digit_conv import conv_digits, digits_layout
 from cnnc.passes.algorithms import ALGORITHMS
 from tests.backends.cpu import tiles
 from tests.backends.cpu.conftest import TEST_CPU
@@ -38,6 +38,11 @@ SHAPES = {
     "one block": ConvShape(1, 9, 6, 6, 16, 1, 1),
     "five blocks, then six": ConvShape(1, 80, 9, 9, 96, 1, 1),
     "many channels": ConvShape(1, 1056, 4, 5, 16, 1, 1),
+    "3x3": ConvShape(1, 32, 9, 7, 32, 3, 3, pad=(1, 1, 1, 1)),
+    "3x3, strided": ConvShape(2, 48, 12, 13, 16, 3, 3, stride=(2, 2), pad=(1, 1, 1, 1)),
+    "dilated, uneven padding": ConvShape(1, 16, 9, 11, 40, 3, 2, pad=(2, 0, 1, 3), dilation=(2, 3)),
+    "1x5 without padding": ConvShape(1, 64, 6, 9, 16, 1, 5),
+    "1x1 with padding": ConvShape(1, 37, 5, 6, 16, 1, 1, stride=(2, 1), pad=(1, 0, 2, 1)),
 }
 
 
@@ -48,7 +53,7 @@ def best(shape: ConvShape) -> DigitParams:
 def arrays(shape: ConvShape) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(shape.ic * 1000 + shape.h)
     x = rng.standard_normal((shape.n, shape.ic, shape.h, shape.w), np.float32)
-    return x, rng.standard_normal((shape.oc, shape.ic, 1, 1), np.float32)
+    return x, rng.standard_normal((shape.oc, shape.ic, shape.kh, shape.kw), np.float32)
 
 
 def source(name: str, type_: TensorType) -> Value:
@@ -59,10 +64,11 @@ def kernel(shape: ConvShape, around: bool, prologue: bool = False) -> Fused:
     """Make the convolution, relu(conv + bias + residual) `around` it, relu(x * scale) before it."""
     x = source("x", TensorType((shape.n, shape.ic, shape.h, shape.w), DType.F32, BLOCKS))
     k = source("k", TensorType((1, shape.ic, 1, 1), DType.F32, BLOCKS))
-    d = source("d", TensorType((shape.oc, -(-shape.ic // 4), 3, 4), DType.I8, digits_layout(16)))
+    groups = shape.kh * shape.kw * -(-shape.ic // 4)
+    d = source("d", TensorType((shape.oc, groups, 3, 4), DType.I8, digits_layout(16)))
     vectors = [source(name, TensorType((shape.oc,))) for name in ("unit", "b")[: 1 + around]]
     read = call(Relu(), call(Mul(), x, k)) if prologue else x
-    y = call(DigitConv(shape.stride), read, d, *vectors)
+    y = call(DigitConv((shape.kh, shape.kw), shape.stride, shape.pad, shape.dilation), read, d, *vectors)
     inputs = (x, *([k] if prologue else []), d, *vectors)
     if around:
         r = source("r", TensorType((shape.n, shape.oc, shape.oh, shape.ow), DType.F32, BLOCKS))
@@ -75,7 +81,7 @@ def built(shape: ConvShape, params: DigitParams, *how: bool) -> Any:
 
 
 def operands(x: np.ndarray, w: np.ndarray) -> list[np.ndarray]:
-    d, unit = weight_digits(w)
+    d, unit = conv_digits(w)
     return [BLOCKS.pack(x), digits_layout(16).pack(d), unit]
 
 
@@ -115,7 +121,9 @@ def test_the_chosen_schedule_is_right(call_kernel: Any, tile_cpu: Any, name: str
     check(call_kernel, tile_cpu, SHAPES[name], best(SHAPES[name]), pieces=3)
 
 
-@pytest.mark.parametrize("name", ["14x14", "7x7, batch of 3", "channels beside the block", "five blocks, then six"])
+@pytest.mark.parametrize(
+    "name", ["14x14", "7x7, batch of 3", "channels beside the block", "five blocks, then six", "3x3, strided"]
+)
 def test_every_schedule_is_right(call_kernel: Any, tile_cpu: Any, name: str) -> None:
     candidates = list(conv_int8x3.space(SHAPES[name], AVX512))
     for params in random.Random(name).sample(candidates, min(len(candidates), 3)):
@@ -127,7 +135,7 @@ def test_slices_of_the_same_input_split_it_once(call_kernel: Any, tile_cpu: Any)
     check(call_kernel, tile_cpu, shape, DigitParams(42, oc_blocks=2), pieces=3, read_once=True)
 
 
-@pytest.mark.parametrize("name", ["14x14", "strided", "channels beside the block"])
+@pytest.mark.parametrize("name", ["14x14", "strided", "channels beside the block", "3x3", "dilated, uneven padding"])
 def test_what_is_before_the_convolution_is_computed_as_it_is_split(call_kernel: Any, tile_cpu: Any, name: str) -> None:
     check(call_kernel, tile_cpu, SHAPES[name], best(SHAPES[name]), pieces=2, prologue=True)
 
