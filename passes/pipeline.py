@@ -36,6 +36,7 @@ from cnnc.passes.fold_pad import FoldPad
 from cnnc.passes.fuse import Fuse
 from cnnc.passes.fuse_attention import FuseAttention
 from cnnc.passes.local_unpool import LocalUnpool
+from cnnc.passes.merge_groups import MergeGroups
 from cnnc.passes.narrow_activations import NarrowActivations
 from cnnc.passes.narrow_weights import NARROW, NarrowWeights
 from cnnc.passes.pack_weights import PackWeights
@@ -97,6 +98,8 @@ def pipeline(
     chosen: list[Pass] = [Simplify(), FoldConstants(), FoldBatchNorm(), FoldPad(), FuseAttention()]
     chosen += [Simplify(), Subpixel(), LocalUnpool(), PushSlices(), FoldConstants(), Cse()]
     if level >= 3:
+        # Zeros are products that the definition does not have, and bytes.
+        chosen += [] if exact or small else [MergeGroups()]
         chosen += [_bounded(ChooseAlgorithm(weights=stored, dtype=dtype, **asked), exact, small), FoldConstants()]
     if level >= 2:
         chosen += [_layouts(dtype, tensor_cores, asked), PackWeights(), Cse()]

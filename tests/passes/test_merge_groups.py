@@ -1,0 +1,88 @@
+"""merge_groups: until they are whole blocks, and no further."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import cnnc
+from cnnc.ir.interp import run
+from cnnc.ir.text import print_graph
+from cnnc.passes.merge_groups import MergeGroups
+from cnnc.passes.pipeline import pipeline
+from cnnc.target import Target
+from tests.passes.graphs import check, conv, graph_of, image, weights
+
+WIDE, GPU = Target.parse("cpu:x86-64-v4"), Target.parse("cuda:sm_90")
+
+
+def grouped(rng, groups, inputs, outputs, bias=False, kernel=(3, 3), **options):
+    """Make a convolution of groups of so many channels."""
+    x = image(2, groups * inputs, 6, 5)
+    b = [weights(rng, groups * outputs)] if bias else []
+    return graph_of(conv(x, weights(rng, groups * outputs, inputs, *kernel), *b, pad=1, groups=groups, **options))
+
+
+def merged(rng, graph, target=WIDE, **options):
+    """Give the groups after the pass, which has changed no number."""
+    done = check(MergeGroups(**options), graph, rng, target=target)
+    return done.outputs[0].op.groups
+
+
+def test_golden(rng, golden):
+    graph = grouped(rng, 4, 6, 10, bias=True)
+    golden("merge_groups", print_graph(graph) + print_graph(check(MergeGroups(), graph, rng)))
+
+
+@pytest.mark.parametrize(
+    ("groups", "inputs", "outputs", "left"),
+    [
+        (8, 24, 24, 4),  # two groups are three blocks of 16
+        (6, 40, 24, 3),
+        (4, 12, 4, 1),  # four of 12 are three blocks, but of 4 one
+        (3, 20, 20, 1),  # no number of these but all of them
+        (8, 2, 4, 1),
+        (10, 4, 12, 10),  # four do not divide ten, and ten are too many
+        (8, 16, 32, 8),
+        (16, 4, 4, 16),  # part of a block
+        (64, 1, 1, 64),
+        (1, 24, 24, 1),
+    ],
+)
+def test_to_whole_blocks(rng, groups, inputs, outputs, left):
+    assert merged(rng, grouped(rng, groups, inputs, outputs)) == left
+
+
+def test_how_many_and_of_which_blocks_can_be_chosen(rng):
+    graph = grouped(rng, 8, 24, 24)
+    assert merged(rng, graph, block=8) == 8
+    assert merged(rng, grouped(rng, 8, 12, 12), many=3) == 8
+    assert merged(rng, graph, target=Target.parse("cpu:x86-64-v3")) == 8
+    assert merged(rng, graph, target=GPU) == 8
+
+
+def test_only_images(rng):
+    x = image(2, 4 * 24, 9)
+    assert merged(rng, graph_of(conv(x, weights(rng, 96, 24, 3), groups=4))) == 4
+
+
+def test_what_is_not_finite_reaches_the_merged_group_only(rng):
+    graph = grouped(rng, 8, 24, 24)
+    x = rng.standard_normal((2, 192, 6, 5)).astype(np.float32)
+    x[0, 30, 2, 2] = np.inf
+    (got,) = run(MergeGroups().run(graph, WIDE), [x])
+    lost = ~np.isfinite(got)
+    assert lost[0, :48, 1:4, 1:4].all()
+    assert not lost[0, 48:].any()
+    assert not lost[1].any()
+
+
+@pytest.mark.parametrize(("options", "present"), [({}, True), ({"exact": True}, False), ({"small": True}, False)])
+def test_where_zeros_are_welcome(options, present):
+    assert any(isinstance(p, MergeGroups) for p in pipeline(3, **options)) is present
+
+
+def test_a_kernel_in_blocks_computes_them(rng):
+    """As those of RegNet, groups of 24 channels, on vectors of 16 lanes."""
+    built = cnnc.compile(grouped(rng, 8, 24, 24), target="cpu:x86-64-v4")
+    assert "conv_direct" in [kernel.algorithm for kernel in built.kernels]
