@@ -21,6 +21,7 @@ from cnnc.ops.binary import (
     Sub,
 )
 from cnnc.ops.cast import Cast
+from cnnc.ops.col2im import Col2Im
 from cnnc.ops.compare import And, Equal, Greater, GreaterEqual, Less, LessEqual, Or, Where, Xor
 from cnnc.ops.concat import Concat, Split
 from cnnc.ops.conv import Conv
@@ -134,6 +135,7 @@ __all__ = [
     "Celu",
     "ChannelNorm",
     "Clip",
+    "Col2Im",
     "Concat",
     "Constant",
     "Conv",
