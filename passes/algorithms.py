@@ -217,12 +217,15 @@ def _tile_seconds(tiles: int, pixels: int, pairs: int, taps: int, oc_blocks: int
 
 
 def _int8x3_applies(node: Node, target: Target) -> bool:
-    """Say of a float32 image convolution whether it is of enough channels, whole blocks, with known, moderate weights.
+    """Say of a float32 image convolution whether it is of enough pixels and channels, with known, moderate weights.
 
-    The blocks of 1x1 kernels may be filled up.
+    Channels are whole blocks, which those of 1x1 kernels may be filled up to.
     """
     w = node.inputs[1]
     if not _bf16x3_applies(node, target) or not _has_digits(w):
+        return False
+    n, _, height, width = node.types[0].static_shape
+    if n * height * width < FEWEST_PIXELS:
         return False
     _, channels, *kernel = w.type.static_shape
     return max(kernel) == 1 or channels % 16 == 0
@@ -233,6 +236,9 @@ def _has_digits(w: Value) -> bool:
     few = math.prod(w.type.static_shape[1:]) <= MOST_TERMS
     return w.type.dtype is DType.F32 and few and largest_of(w) < LARGEST_WEIGHT
 
+
+FEWEST_PIXELS = 4
+"""With fewer, as in squeeze-excite, multiply-adds keep up with reading the weights."""
 
 MOST_TERMS = 1 << 15
 

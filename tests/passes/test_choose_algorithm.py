@@ -241,10 +241,11 @@ def test_what_winograd_in_digits_takes(rng):
 
 
 def test_only_what_has_digits_is_split_into_them(rng):
-    """Of whole blocks if of several taps, f32 that no type rounds, weights that are known and no larger than usual."""
+    """Of several pixels, whole blocks if of several taps, f32 that no type rounds, and known weights of usual size."""
     x, w = image(1, 256, 14, 14), weights(rng, 256, 256, 1, 1)
     assert cheapest(conv(x, w, pad=1).node, TILES, 64.0) == "int8x3"
     assert cheapest(conv(x, weights(rng, 256, 256, 3, 3), stride=2, pad=1).node, TILES, 64.0) == "int8x3"
+    assert cheapest(conv(image(1, 1024, 1, 1), weights(rng, 512, 1024, 1, 1)).node, TILES, 64.0) == "direct"
     beside = conv(image(1, 250, 14, 14), weights(rng, 256, 250, 3, 3), stride=2, pad=1)
     assert cheapest(beside.node, TILES, 64.0) == "bf16x3"
     assert cheapest(conv(x, constant(np.full((256, 256, 1, 1), 2.0**41, np.float32))).node, TILES, 64.0) == "bf16x3"
