@@ -4,13 +4,13 @@
 max |y - exact| / (eps * sum |a||b|), as measured on the kernels the algorithm takes.
 
 `bf16x3` splits each f32 into three bf16, which CPUs with AMX multiply so fast that six products take less time than one
-in f32.  As no sum of them has an infinity, it is none of the exact ones either; its error is that of f32.  Fully
-connected layers of many rows have it, too.
+in f32.  As no sum of them has an infinity, it is none of the exact ones either; its error is that of f32.  It is
+for what has no digits.
 
-`int8x3` takes 1x1 convolutions as products of fixed-point numbers, one scale for all channels of a pixel and one for
-all weights of an output, in three int8 digits: half the products of tiles, and weights of three bytes.  Its error is
-relative to the largest of those numbers, as Winograd's is to those of a tile; where they are of about one size it is as
-stated.  Winograd's algorithm multiplies such rows, too, at each position in a tile.
+`int8x3` takes f32 as fixed-point numbers, one scale for all that an output is the sum of and one for all weights of an
+output, in three int8 digits: half the products of tiles, and weights of three bytes.  Its error is relative to the
+largest of those numbers, as Winograd's is to those of a tile; where they are of about one size it is as stated.  Fully
+connected layers of many rows have it, too, and Winograd's algorithm multiplies such rows at each position in a tile.
 
 On GPUs Winograd's algorithm is for f32 alone, as tensor cores multiply all else.  There a layer takes what the back
 end's templates estimate for a kernel of it; and at least half of the products must be saved, so that the gain is the
@@ -37,6 +37,7 @@ import numpy as np
 from cnnc.ir.graph import Node, Value
 from cnnc.ir.types import DType
 from cnnc.ops.conv import Conv
+from cnnc.ops.digit_conv import MOST_TERMS
 from cnnc.ops.winograd import Transform, is_supported, transforms, winograd_tile
 from cnnc.passes.constants import largest_of
 from cnnc.passes.kernel_seconds import kernel_seconds
@@ -222,7 +223,7 @@ def _int8x3_applies(node: Node, target: Target) -> bool:
     Channels are whole blocks, which those of 1x1 kernels may be filled up to.
     """
     w = node.inputs[1]
-    if not _bf16x3_applies(node, target) or not _has_digits(w):
+    if not _bf16x3_applies(node, target) or not _has_digits(w, math.prod(w.type.static_shape[1:])):
         return False
     n, _, height, width = node.types[0].static_shape
     if n * height * width < FEWEST_PIXELS:
@@ -231,16 +232,13 @@ def _int8x3_applies(node: Node, target: Target) -> bool:
     return max(kernel) == 1 or channels % 16 == 0
 
 
-def _has_digits(w: Value) -> bool:
-    """Whether weights are f32 of usual size, and of so few channels that sums of their digits stay in int32."""
-    few = math.prod(w.type.static_shape[1:]) <= MOST_TERMS
-    return w.type.dtype is DType.F32 and few and largest_of(w) < LARGEST_WEIGHT
+def _has_digits(w: Value, terms: int) -> bool:
+    """Whether weights are f32 of usual size, and sums have so few terms that those of their digits stay in int32."""
+    return w.type.dtype is DType.F32 and terms <= MOST_TERMS and largest_of(w) < LARGEST_WEIGHT
 
 
 FEWEST_PIXELS = 4
 """With fewer, as in squeeze-excite, multiply-adds keep up with reading the weights."""
-
-MOST_TERMS = 1 << 15
 
 LARGEST_WEIGHT = 2.0**40
 """Larger weights are none to expect; by those, what tiny activations lose would be large."""
@@ -274,7 +272,7 @@ def _digit_winograd_applies(tile: int) -> Applies:
         w = node.inputs[1]
         if not winograd_applies(node, target) or not _bf16x3_applies(node, target):
             return False
-        if not _has_digits(w) or set(_stride(node)) != {1}:
+        if not _has_digits(w, w.type.static_shape[1]) or set(_stride(node)) != {1}:
             return False
         kernel = w.type.static_shape[2:]
         return math.prod(axis.positions for axis in transforms(tile, kernel, (1, 1))) <= MOST_POSITIONS
@@ -322,9 +320,11 @@ def is_for_tiles(node: Node, target: Target, stored: DType) -> bool:
 
 def is_for_digits(node: Node, target: Target) -> bool:
     """Whether such a layer takes less time yet in int8 digits, which its weight, f32, is then stored in."""
-    if not _fills_tiles(node, target) or not _has_digits(node.inputs[1]):
+    if not _fills_tiles(node, target):
         return False
     rows, inputs, outputs = _dense_sizes(node)
+    if not _has_digits(node.inputs[1], inputs):
+        return False
     others = min(_dense_bf16x3_seconds(node, DType.F32), _dense_seconds(node, target))
     reading = _reading(4.0 * inputs * outputs, target)
     return _digit_seconds(rows, inputs, outputs, target) < INT8X3_MARGIN * _together(others, reading)

@@ -1,4 +1,4 @@
-"""Choose how each convolution is computed.
+"""Choose how each convolution is computed, and each fully connected layer.
 
     conv{algorithm=direct}(x, w) -> conv{algorithm=winograd4}(x, winograd_weight{tile=4}(w))
 
@@ -63,7 +63,7 @@ def _counts(nodes: Sequence[Node], target: Target, first: Algorithm, stored: DTy
 
 @dataclass(frozen=True)
 class ChooseAlgorithm(Pass):
-    """Choose an algorithm for every convolution.
+    """Choose an algorithm for every convolution and fully connected layer.
 
     `budget` bounds its error and `exact` forbids Winograd's.  `growth` bounds the bytes that transformed weights add,
     as a share of those of all constants; they go where they save most time for each byte.  `weights` is
@@ -121,12 +121,22 @@ class ChooseAlgorithm(Pass):
         return rewrite(graph, (choose_algorithm,))
 
     def _dense_digits(self, graphs: Sequence[Graph], target: Target) -> set[Op]:
-        """Give the weights of fully connected layers that are stored in digits: all layers of all graphs gain."""
+        """Give the weights of fully connected layers that are stored in digits: all that read them gain.
+
+        Where growth is bounded, they are those that grow by nothing.
+        """
         if self.exact or self.budget < INT8X3_ERROR or self.dtype != "f32" or self.weights is not DType.F32:
             return set()
-        layers = [node for graph in graphs for node in graph.nodes if isinstance(node.op, Dense)]
+        nodes = [node for graph in graphs for node in graph.nodes]
+        layers = [node for node in nodes if isinstance(node.op, Dense)]
         others = {node.inputs[1].op for node in layers if not is_for_digits(node, target)}
-        return {node.inputs[1].op for node in layers} - others
+        others |= {
+            v.op for node in nodes for i, v in enumerate(node.inputs) if i != 1 or not isinstance(node.op, Dense)
+        }
+        weights = {node.inputs[1] for node in layers if node.inputs[1].op not in others}
+        if math.isfinite(self.growth):
+            weights = {w for w in weights if digits_bytes(*w.type.static_shape) <= w.type.nbytes}
+        return {w.op for w in weights}
 
     def _table(self, target: Target) -> tuple[Algorithm, ...]:
         """Give the algorithms that are allowed, with what is known of their speed."""

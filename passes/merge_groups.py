@@ -18,13 +18,14 @@ import numpy as np
 from cnnc.ir.build import call
 from cnnc.ir.graph import Graph, Node, Value
 from cnnc.ir.rewrite import miss, rewrite
+from cnnc.ir.types import DType
 from cnnc.ops.conv import Conv
 from cnnc.ops.source import Constant, constant
 from cnnc.passes.registry import Pass
 from cnnc.target import Target
 
 IMAGE_RANK = 4
-"""The rank of what is blocked."""
+"""The rank of what is blocked: float32 images."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class MergeGroups(Pass):
             """conv{groups=n}(x, w) -> conv{groups=n/m}(x, w')."""
             match v.node:
                 case Node(Conv(algorithm="direct") as conv, (x, Value(Node(Constant() as weight)), *bias)):
-                    if x.type.rank != IMAGE_RANK or weight.layout is not None:
+                    if x.type.rank != IMAGE_RANK or x.type.dtype is not DType.F32 or weight.layout is not None:
                         return None
                     array: np.ndarray = weight.value.array
                     inputs, outputs = array.shape[1], array.shape[0] // conv.groups

@@ -3,7 +3,7 @@
 0  one kernel for each operator: what to compare with when a fusion or a layout is under suspicion
 1  algebra, constants, batch norm, fusion; plain layouts
 2  blocked layouts too
-3  the algorithm of every convolution chosen as well (the default)
+3  groups merged that fill no blocks, and the algorithm of every layer chosen as well (the default)
 
 Weights in 16 bits are a choice at every level: they are rounded last, just before fusion.  So is the type products are
 computed in, which kernels see to: just after fusion.

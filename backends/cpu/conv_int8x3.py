@@ -35,7 +35,7 @@ from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.errors import VerifyError
 from cnnc.ir.graph import Node
 from cnnc.ops.blocked import channel_layout
-from cnnc.ops.digit_conv import DigitConv
+from cnnc.ops.digit_conv import MOST_TERMS, DigitConv
 from cnnc.ops.fused import Fused, Schedule
 from cnnc.target import Target
 
@@ -45,16 +45,15 @@ if TYPE_CHECKING:
 __all__ = ["ConvInt8x3", "build", "cost", "space"]
 
 
-MOST_TERMS = 1 << 15
-"""With more, sums of three products of digits might be too large for int32."""
-
-
 def space(shape: ConvShape, machine: Machine) -> Iterator[DigitParams]:
-    """Give the tile sizes worth considering: whole pairs of tiles of pixels."""
+    """Give the tile sizes worth considering: whole pairs of tiles of pixels, whose digits L2 can hold."""
     pixels, together = shape.oh * shape.ow, TILES * TILE_ROWS
+    most = max(int(machine.l2 / _pixel_bytes(shape)) // together, 1) * together
     parts = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 98)
     sizes = {min(-(-pixels // count // together) * together, pixels) for count in parts}
     sizes |= {-(-pixels // count) for count in parts if pixels % count == 0 and pixels // count >= TILE_ROWS}
+    sizes |= {min(size, pixels) for size in (2 * together, 4 * together, 8 * together, most)}
+    sizes = {size for size in sizes if size <= most}
     blocks = {-(-shape.oc_blocks // count) for count in (1, 2, 3, 4, 6, 8, 16) if count <= shape.oc_blocks}
     for size, oc_blocks in product(sorted(sizes), sorted(blocks)):
         yield DigitParams(size, oc_blocks)
@@ -70,8 +69,8 @@ def cost(shape: ConvShape, params: DigitParams, machine: Machine) -> float:
     block_bytes = steps * DIGITS * TILE_ROWS * 4.0 * TILE_LINE
     near = block_bytes <= NEAR_WEIGHTS * machine.l1
     product_cycles = PRODUCT_CYCLES if near else FAR_PRODUCT_CYCLES
-    data = DIGITS * 4.0 * TILE_LINE * steps * params.pixels
-    product_cycles += FAR_DATA_CYCLES * min(max(data / machine.l2 - L2_SHARE, 0.0), 1.0)
+    data = _pixel_bytes(shape) * params.pixels
+    product_cycles += FAR_DATA_CYCLES * max(data / machine.l2 - L2_SHARE, 0.0)
     products = groups * (steps * len(PRODUCTS) * TILES * product_cycles + GROUP_CYCLES)
     again = machine.stream_bytes / machine.l2_bytes if shape.oc_blocks * block_bytes + data < machine.l2 else 1.0
     weights = block_bytes / machine.stream_bytes * (1.0 + again * (shape.n * row_blocks - 1)) / (shape.n * row_blocks)
@@ -83,6 +82,11 @@ def cost(shape: ConvShape, params: DigitParams, machine: Machine) -> float:
     total = (one * params.oc_blocks + SLICE_CYCLES) * machine.turns(slices)
     total += pixel * params.pixels * machine.turns(slices, oc_slices)
     return total * machine.sharing(slices) / machine.hertz
+
+
+def _pixel_bytes(shape: ConvShape) -> float:
+    """Count the bytes of the digits of all that a pixel is the sum of."""
+    return DIGITS * 4.0 * TILE_LINE * -(-row_blocks_of(shape) // IN_A_STEP)
 
 
 def _groups(shape: ConvShape, params: DigitParams) -> int:
@@ -133,8 +137,9 @@ class ConvInt8x3:
         return _shape_of(kernel, target) is not None
 
     def takes_prologue(self, kernel: Fused, target: Target) -> bool:
-        """Take any: it is computed as the input is split."""
-        return _shape_of(kernel, target) is not None
+        """Take any where a window is a pixel: it is computed as the input is split, once for each that sees it."""
+        shape = _shape_of(kernel, target)
+        return shape is not None and shape.kh * shape.kw == 1
 
     def space(self, kernel: Fused, target: Target) -> Iterable[Schedule]:
         """Give the tile sizes worth considering."""

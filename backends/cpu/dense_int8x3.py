@@ -22,7 +22,7 @@ from cnnc.backends.cpu.machine import TILE_LINE
 from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.errors import VerifyError
 from cnnc.ir.graph import Node
-from cnnc.ops.digit_conv import digits_layout
+from cnnc.ops.digit_conv import MOST_TERMS, digits_layout
 from cnnc.ops.digit_dense import DigitDense
 from cnnc.ops.fused import Fused, Schedule
 from cnnc.target import Target
@@ -83,12 +83,12 @@ def _find(kernel: Fused, target: Target) -> tuple[Node, DenseShape] | None:
     """Give the layer and its sizes, if the kernel is one."""
     if not target.multiplies_tiles:
         return None
-    anchor = anchor_of(kernel, target, "digit_dense", prologue=True, digits=(1,))
+    anchor = anchor_of(kernel, target, "digit_dense", digits=(1,))
     if anchor is None or not isinstance(anchor.op, DigitDense):
         return None
     x, digits = anchor.inputs[0].type, anchor.inputs[1].type
     inputs, outputs = x.static_shape[-1], digits.static_shape[0]
-    if digits.layout != digits_layout(TILE_LINE) or inputs > conv_int8x3.MOST_TERMS:
+    if digits.layout != digits_layout(TILE_LINE) or inputs > MOST_TERMS:
         return None
     if inputs % TILE_LINE or outputs % TILE_LINE:
         return None

@@ -1,4 +1,4 @@
-"""Splitting rows of numbers, all channels of a pixel, into int8 digits of one scale (see int8_digits.py)."""
+"""Splitting rows of numbers, as all channels of a pixel, into int8 digits of one scale (see int8_digits.py)."""
 
 from __future__ import annotations
 

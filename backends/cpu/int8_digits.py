@@ -3,7 +3,8 @@
     x = q s,   q = 2^16 h + 2^8 m + l      h, m, l in -128 ... 127, and one s for all numbers of a row
     x y = s s' (2^32 h h' + 2^24 (h m' + m h') + 2^16 (h l' + m m' + l h') + what is left out)
 
-A row is what a sum of products runs over: all channels of a pixel, or all weights of an output.  Its s is as small as
+A row is what a sum of products runs over: all that a window sees, as the channels of a pixel, or all weights of an
+output.  Its s is as small as
 the largest of its numbers allows, so that q has a sign and 23 bits.  Products of digits are added up in int32, exactly.
 An error is relative to the largest numbers of both rows, not to each: up to 2^-22 of their product for rounding, and up
 to 2^-21 for what is left out, of either sign.  Rows whose largest number is below 2^-104 have fewer bits.  So outputs

@@ -24,7 +24,6 @@ from cnnc.backends.cpu.conv_int8x3 import (
     FAR_PRODUCT_CYCLES,
     GROUP_CYCLES,
     L2_SHARE,
-    MOST_TERMS,
     NEAR_WEIGHTS,
     PRODUCT_CYCLES,
     VECTOR_CYCLES,
@@ -38,6 +37,7 @@ from cnnc.backends.lower.template import params_of, schedule_of
 from cnnc.errors import VerifyError
 from cnnc.ir.graph import Node
 from cnnc.ops.blocked import channel_layout
+from cnnc.ops.digit_conv import MOST_TERMS
 from cnnc.ops.fused import Fused, Schedule
 from cnnc.ops.winograd_digit_conv import WinogradDigitConv
 from cnnc.target import Target

@@ -23,6 +23,9 @@ from cnnc.ops.window import Window
 DIGITS, TOGETHER = 3, 4
 """The digits of a weight, and the channels that lie beside each other: matrix units add up four products of int8."""
 
+MOST_TERMS = 1 << 15
+"""Of more numbers, sums of three products of digits might be too large for int32."""
+
 PLACES = (2.0**-7, 2.0**-15, 2.0**-23)
 """What the digits count, the highest first, in units of an output."""
 

@@ -301,6 +301,21 @@ def test_graphs_that_share_a_layer_store_its_weight_once(rng):
     assert names(1, 64) == ["dense", "dense"]
 
 
+def test_weights_that_others_read_or_that_would_grow_stay_as_they_are(rng):
+    """Others would need them as they are; digits fill up 64 inputs, which counts where growth is bounded."""
+    w, narrow = weights(rng, 512, 192), weights(rng, 512, 80)
+
+    def chosen(graph, **options):
+        return [node.op.name for node in ChooseAlgorithm(**options).run(graph, TILES).nodes if "dense" in node.op.name]
+
+    shared = graph_of(layer(graph_input("x", (64, 192)), w), call(Relu(), w))
+    assert chosen(shared) == ["dense"]
+    assert chosen(graph_of(layer(graph_input("x", (64, 192)), w)), growth=0.08) == ["digit_dense"]
+    small = graph_of(layer(graph_input("x", (64, 80)), narrow))
+    assert chosen(small) == ["digit_dense"]
+    assert chosen(small, growth=0.08) == ["dense"]
+
+
 def test_exact_forbids_tiles(rng):
     graph = graph_of(conv(image(1, 128, 28, 28), weights(rng, 128, 128, 3, 3), stride=2, pad=1))
 

@@ -8,6 +8,8 @@ import pytest
 import cnnc
 from cnnc.ir.interp import run
 from cnnc.ir.text import print_graph
+from cnnc.ir.types import DType
+from cnnc.ops import constant, graph_input
 from cnnc.passes.merge_groups import MergeGroups
 from cnnc.passes.pipeline import pipeline
 from cnnc.target import Target
@@ -61,9 +63,12 @@ def test_how_many_and_of_which_blocks_can_be_chosen(rng):
     assert merged(rng, graph, target=GPU) == 8
 
 
-def test_only_images(rng):
+def test_only_images_of_f32(rng):
     x = image(2, 4 * 24, 9)
     assert merged(rng, graph_of(conv(x, weights(rng, 96, 24, 3), groups=4))) == 4
+    wide = graph_input("x", (1, 96, 5, 5), DType.F64)
+    w = constant(rng.standard_normal((96, 24, 3, 3)))
+    assert MergeGroups().run(graph_of(conv(wide, w, groups=4)), WIDE).outputs[0].op.groups == 4
 
 
 def test_what_is_not_finite_reaches_the_merged_group_only(rng):

@@ -240,3 +240,20 @@ def test_tiles_are_loaded_of_lines_there_are(rows: int) -> None:
     together = 16 if rows <= 16 else 32
     assert lines_of(rows) >= -(-rows // together) * together
     assert lines_of(rows) % 2 == 1
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ConvShape(1, 3072, 12_608, 1, 768, 1, 1),
+        ConvShape(1, 64, 768, 768, 64, 3, 3, stride=(2, 2), pad=(1, 1, 1, 1)),
+        ConvShape(1, 64, 1024, 1024, 64, 1, 1),
+        ConvShape(1, 2048, 9, 9, 64, 4, 4),
+    ],
+)
+def test_digits_of_a_slice_stay_in_l2(shape: ConvShape) -> None:
+    """However many pixels there are, and however much each is the sum of."""
+    params = best(shape)
+    blocks = -(-shape.kh * shape.kw * shape.ic_blocks // 4)
+    assert params.pixels <= 32 or params.pixels * 3 * 64 * blocks <= AVX512.l2
+    assert all(p.pixels <= shape.oh * shape.ow for p in conv_int8x3.space(shape, AVX512))
