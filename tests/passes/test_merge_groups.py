@@ -13,7 +13,7 @@ from cnnc.ops import constant, graph_input
 from cnnc.passes.merge_groups import MergeGroups
 from cnnc.passes.pipeline import pipeline
 from cnnc.target import Target
-from tests.passes.graphs import check, conv, graph_of, image, weights
+from tests.passes.graphs import check, conv, graph_of, image, operators, weights
 
 WIDE, GPU = Target.parse("cpu:x86-64-v4"), Target.parse("cuda:sm_90")
 
@@ -44,7 +44,7 @@ def test_golden(rng, golden):
         (4, 12, 4, 1),  # four of 12 are three blocks, but of 4 one
         (3, 20, 20, 1),  # no number of these but all of them
         (8, 2, 4, 1),
-        (10, 4, 12, 10),  # four do not divide ten, and ten are too many
+        (3, 24, 24, 1),
         (8, 16, 32, 8),
         (16, 4, 4, 16),  # part of a block
         (64, 1, 1, 64),
@@ -53,6 +53,21 @@ def test_golden(rng, golden):
 )
 def test_to_whole_blocks(rng, groups, inputs, outputs, left):
     assert merged(rng, grouped(rng, groups, inputs, outputs)) == left
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("groups", "inputs", "outputs", "parts"), [(17, 24, 24, [8, 1]), (5, 24, 24, [2, 1])])
+def test_groups_that_are_left_over_become_one(rng, bias, groups, inputs, outputs, parts):
+    done = check(MergeGroups(), grouped(rng, groups, inputs, outputs, bias, stride=2), rng, target=WIDE)
+    assert operators(done) == ["slice", "conv", "slice", "conv", "concat"]
+    assert [node.op.groups for node in done.nodes if node.op.name == "conv"] == parts
+
+
+def test_groups_that_never_fit_stay(rng):
+    assert merged(rng, grouped(rng, 17, 3, 3)) == 17
+    x, b = image(1, 17 * 24, 5, 5), graph_input("b", (17 * 24,))
+    computed = graph_of(conv(x, weights(rng, 17 * 24, 24, 3, 3), b, groups=17))
+    assert MergeGroups().run(computed, WIDE).outputs[0].op.groups == 17
 
 
 def test_how_many_and_of_which_blocks_can_be_chosen(rng):
