@@ -84,14 +84,7 @@ class Col2Im(Op):
         taps = [te.reduce_axis(k, f"k{i}") for i, k in enumerate(self.kernel)]
 
         def columns(n: Any, c: Any, *p: Any) -> Any:
-            conditions, windows = [], []
-            for axis, (index, tap) in enumerate(zip(p, taps, strict=True)):
-                stride = self.stride[axis]
-                where = index + window.begin[axis] - tap * self.dilation[axis]
-                conditions += [where >= 0, where < (counts[axis] - 1) * stride + 1]
-                if stride > 1:
-                    conditions.append(te.equal(te.floormod(where, stride), 0))
-                windows.append(te.floordiv(where, stride) if stride > 1 else where)
+            windows, conditions = window.seen_by(te, p, taps, counts)
             channel = c * math.prod(self.kernel) + flat_index(taps, self.kernel)
             value = te.at(xs[0], types[0], n, channel, flat_index(windows, counts))
             value = te.where(every(te, conditions), value, te.const(0, out.dtype))

@@ -108,14 +108,7 @@ class ConvTranspose(Op):
         taps = [te.reduce_axis(k, f"k{i}") for i, k in enumerate(window.kernel)]
 
         def products(n: Any, o: Any, *p: Any) -> Any:
-            conditions, source = [], []
-            for axis, (index, tap) in enumerate(zip(p, taps, strict=True)):
-                stride = window.stride[axis]
-                where = index + window.begin[axis] - tap * window.dilation[axis]
-                conditions += [where >= 0, where < (spatial[axis] - 1) * stride + 1]
-                if stride > 1:
-                    conditions.append(te.equal(te.floormod(where, stride), 0))
-                source.append(te.floordiv(where, stride) if stride > 1 else where)
+            source, conditions = window.seen_by(te, p, taps, spatial)
             channel = ic if self.groups == 1 else te.floordiv(o, outputs) * inputs + ic
             own = o if self.groups == 1 else te.floormod(o, outputs)
             zero = te.const(0, x_type.dtype)

@@ -120,6 +120,19 @@ class Window:
                 conditions.append(where < size)
         return conditions
 
+    def seen_by(
+        self, te: Any, position: Sequence[Any], tap: Sequence[Any], count: Sequence[int]
+    ) -> tuple[list[Any], list[Any]]:
+        """Write which window, of `count` along each axis, sees a position by a tap, and when there is one."""
+        windows, conditions = [], []
+        for index, k, s, d, b, n in zip(position, tap, self.stride, self.dilation, self.begin, count, strict=True):
+            where = index + b - k * d
+            conditions += [where >= 0, where < (n - 1) * s + 1]
+            if s > 1:
+                conditions.append(te.equal(te.floormod(where, s), 0))
+            windows.append(te.floordiv(where, s) if s > 1 else where)
+        return windows, conditions
+
     def taps(self) -> list[tuple[int, ...]]:
         """List the taps of the kernel in row-major order."""
         return [tuple(int(i) for i in tap) for tap in np.ndindex(*self.kernel)]

@@ -7,19 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import cnnc
 from cnnc.backends.cpu import conv_bf16x3, dense_bf16x3
 from cnnc.backends.cpu.conv_bf16x3_shape import MatrixParams
 from cnnc.backends.cpu.gemm import DenseShape
 from cnnc.backends.cpu.gemm_packed import weight_shape
 from cnnc.backends.cpu.machine import AVX512
 from cnnc.backends.lower.body import Body, plain_body
-from cnnc.ir.build import call
-from cnnc.ir.graph import Graph
-from cnnc.ir.interp import run
 from cnnc.ir.layout import Layout
-from cnnc.ops import Add, Dense, constant, graph_input
-from tests.backends.cpu import tiles
 
 
 def with_bias(shape: DenseShape) -> Body:
@@ -54,23 +48,3 @@ def test_rows_against_float64(
     got = call_kernel(func, [x, Layout("OI64o").pack(w), b], (*leading, outputs), 2, tile_cpu)
     wanted = x.astype(np.float64) @ w.T.astype(np.float64) + b
     assert np.linalg.norm(got - wanted) <= 4e-7 * np.linalg.norm(wanted)
-
-
-def test_a_layer_that_has_no_digits_is_in_parts_unless_exact() -> None:
-    """The whole way of a layer of many rows and large weights, its residual added in the same kernel."""
-    rng = np.random.default_rng(0)
-    x = graph_input("x", (2, 50, 192))
-    w = constant(rng.standard_normal((192, 192)).astype(np.float32) * np.float32(2.0**41))
-    y = call(Add(), call(Dense(), x, w, constant(rng.standard_normal(192).astype(np.float32))), x)
-    graph = Graph("layer", (x,), (y,))
-    data = rng.standard_normal((2, 50, 192)).astype(np.float32)
-    (wanted,) = run(graph, [data], precise=True)
-    fast = cnnc.compile(graph, target="cpu:sapphirerapids")
-    assert [kernel.algorithm for kernel in fast.kernels] == ["dense_bf16x3"]
-    exact = cnnc.compile(graph, target="cpu:sapphirerapids", exact=True)
-    assert [kernel.algorithm for kernel in exact.kernels] == ["dense_packed"]
-    if not tiles.present():
-        pytest.skip("this CPU has no tile registers")
-    for module in (fast, exact):
-        (got,) = module.run({"x": data}).values()
-        assert np.linalg.norm(got - wanted) <= 4e-7 * np.linalg.norm(wanted)

@@ -95,17 +95,18 @@ def test_what_it_matches() -> None:
         assert not DenseInt8x3().matches(kernel(DenseShape((32,), inputs, outputs)), tiles.SAPPHIRE_RAPIDS)
 
 
-def test_a_layer_is_in_digits_unless_exact() -> None:
-    """The whole way of a layer of many rows, its residual added in the same kernel."""
+@pytest.mark.parametrize(("scale", "algorithm"), [(1 / 14, "dense_int8x3"), (2.0**41, "dense_bf16x3")])
+def test_a_layer_is_on_tiles_unless_exact(scale: float, algorithm: str) -> None:
+    """The whole way of a layer of many rows, its residual added in the same kernel; large weights have no digits."""
     rng = np.random.default_rng(0)
     x = graph_input("x", (2, 50, 192))
-    w = constant(rng.standard_normal((192, 192)).astype(np.float32) / 14)
+    w = constant(rng.standard_normal((192, 192)).astype(np.float32) * np.float32(scale))
     y = call(Add(), call(Dense(), x, w, constant(rng.standard_normal(192).astype(np.float32))), x)
     graph = Graph("layer", (x,), (y,))
     data = rng.standard_normal((2, 50, 192)).astype(np.float32)
     (wanted,) = run(graph, [data], precise=True)
     fast = cnnc.compile(graph, target="cpu:sapphirerapids")
-    assert [kernel.algorithm for kernel in fast.kernels] == ["dense_int8x3"]
+    assert [kernel.algorithm for kernel in fast.kernels] == [algorithm]
     exact = cnnc.compile(graph, target="cpu:sapphirerapids", exact=True)
     assert [kernel.algorithm for kernel in exact.kernels] == ["dense_packed"]
     if not tiles.present():
