@@ -106,3 +106,18 @@ def test_a_kernel_in_blocks_computes_them(rng):
     """As those of RegNet, groups of 24 channels, on vectors of 16 lanes."""
     built = cnnc.compile(grouped(rng, 8, 24, 24), target="cpu:x86-64-v4")
     assert "conv_direct" in [kernel.algorithm for kernel in built.kernels]
+
+
+@pytest.mark.parametrize(
+    ("groups", "channels", "kernel", "stride", "pad"),
+    [(17, 24, (3, 3), 1, 1), (5, 12, (1, 1), 3, 0), (8, 20, (2, 3), 2, 1), (3, 40, (5, 1), 1, 2)],
+)
+def test_merged_kernels_compute_the_same(rng, groups, channels, kernel, stride, pad):
+    """On this machine, of a batch of two, against the interpreter in float64."""
+    x = image(2, groups * channels, 7, 6)
+    w, b = weights(rng, groups * channels, channels, *kernel), weights(rng, groups * channels)
+    graph = graph_of(conv(x, w, b, pad=pad, stride=stride, groups=groups))
+    data = rng.standard_normal(x.type.static_shape).astype(np.float32)
+    (wanted,) = run(graph, [data], precise=True)
+    (got,) = cnnc.compile(graph).run({"x": data}).values()
+    assert np.linalg.norm(got - wanted) <= 2e-6 * np.linalg.norm(wanted)
